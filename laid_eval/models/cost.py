@@ -1,0 +1,147 @@
+"""What a measurement will take, told before the weights are loaded: memory, tokens, minutes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from laid_eval.errors import UserError
+from laid_eval.models.load import Described
+from laid_eval.models.source import quiet
+
+_GIB = 1024**3
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model that decide its cost."""
+
+    parameters: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Keys and values of all layers (every layer is kept whole, sliding ones too)."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize
+
+    def seconds(self, length: int, chunk: int, rate: Rate) -> float:
+        """Time to read a text of `length` tokens."""
+        linear = 2.0 * (self.parameters - self.hidden * self.vocabulary) * length
+        attention = 2.0 * self.layers * self.heads * self.head_dim * length * (length + chunk)
+        return linear / rate.linear + attention / rate.attention
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Floating-point operations a second of this device."""
+
+    linear: float
+    attention: float
+
+
+def shape_of(described: Described) -> Shape:
+    """Sizes from the configuration; parameters counted on a model without memory."""
+    text = described.text_config
+    with init_empty_weights(), quiet():
+        model = AutoModelForCausalLM.from_config(described.config, trust_remote_code=described.trust_remote_code)
+    heads = getattr(text, "num_attention_heads", 1)
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        itemsize=described.dtype.itemsize,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on a CPU within the container's limit too."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = (_CGROUP / "memory.current").read_text().strip()
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def needed_memory(shape: Shape, length: int, chunk: int) -> int:
+    """Bytes for weights, cache, one layer's copies of it and the work of one chunk."""
+    weights = shape.parameters * shape.itemsize
+    cache = shape.cache_bytes_per_token * length
+    copies = 2 * shape.heads * shape.head_dim * shape.itemsize * length * 2
+    mask = chunk * length * (1 + shape.itemsize)
+    work = chunk * (shape.hidden * 16 + shape.vocabulary // 4) * 4
+    return int(weights + cache + copies + mask + work)
+
+
+def check_memory(described: Described, shape: Shape, length: int, chunk: int) -> None:
+    """Refuse a length before anything is allocated.
+
+    Raises:
+        UserError: More is needed than is free; names the longest length that fits.
+    """
+    free = free_memory(described.device)
+    needed = needed_memory(shape, length, chunk)
+    if needed <= free:
+        return
+    least = needed_memory(shape, 0, chunk)
+    per_token = (needed - least) / length
+    fits = int((free - least) / per_token)
+    room = (
+        f"The most that fits is about {fits:,} tokens: --max-length {fits // 256 * 256}."
+        if fits >= 512
+        else "The weights alone are too large: take a smaller model or --dtype bfloat16."
+    )
+    raise UserError(
+        f"A context of {length:,} tokens of {described.source.name!r} needs about {needed / _GIB:.1f} GiB; "
+        f"{free / _GIB:.1f} GiB are free on {described.device}. {room}"
+    )
+
+
+def speed_test(described: Described, shape: Shape, seconds: float = 2.0) -> Rate:
+    """Time the two kinds of work a prefill consists of, half of `seconds` each."""
+    device, dtype = described.device, described.dtype
+    x = torch.randn(512, shape.hidden, device=device, dtype=dtype)
+    w = torch.randn(shape.hidden * 3, shape.hidden, device=device, dtype=dtype)
+    q = torch.randn(1, shape.heads, 512, shape.head_dim, device=device, dtype=dtype)
+    k = torch.randn(1, shape.heads, 2048, shape.head_dim, device=device, dtype=dtype)
+    mask = torch.ones(1, 1, 512, 2048, device=device, dtype=torch.bool)
+
+    def rate(flops: float, work: object) -> float:
+        assert callable(work)
+        work()
+        count, started = 0, time.perf_counter()
+        while (spent := time.perf_counter() - started) < seconds / 2:
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            count += 1
+        return flops * count / spent
+
+    with torch.inference_mode():
+        linear = rate(2.0 * 512 * shape.hidden * shape.hidden * 3, lambda: F.linear(x, w))
+        attention = rate(
+            4.0 * shape.heads * 512 * 2048 * shape.head_dim,
+            lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask),
+        )
+    return Rate(linear, attention)

@@ -1,0 +1,207 @@
+"""KV fan-out: one prefill, many questions.
+
+A text is read once, in chunks, into a key-value cache. At any point questions are put to a *fork* of the cache:
+all questions and all their choices go through the model in a single pass, as branches that see the text and
+themselves but not each other, at the positions each would have if it alone followed the text. The cache is then
+cropped back and reading goes on.
+
+The branches are kept apart by the model's own mask function, wrapped for that one pass, so that sliding windows,
+chunked attention and whatever else a family composes hold for every branch. The cache keeps all positions of
+every layer: a sliding-window cache drops tokens and can't be cropped back, while the window itself lies in the
+mask. Memory is linear in the length.
+
+Models that can't be forked (recurrent states, rotary embeddings that change with the length, attention outside
+the mask interface) are asked with whole prompts, and the reason is kept.
+
+Shape letters: L tokens read, T tokens of all branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from laid_eval.models.frame import Branch
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_LOOSE = 0.25  # nats; half precision rounds differently in differently shaped products
+
+
+class ForkedText:
+    """A text read so far, as a key-value cache that questions fork from."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Start with nothing read."""
+        self.model = model
+        self.length = 0
+        self._cache = DynamicCache()
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int]) -> None:
+        """Read on; one forward pass."""
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self.length += len(tokens)
+
+    @torch.inference_mode()
+    def ask(self, branches: Sequence[Branch]) -> list[list[float]]:
+        """Summed log-probability of every choice of every branch; the text read stays as it was."""
+        pack = _Pack(branches, self.model.device)
+        with _branches_apart(self.model, self.length, pack):
+            logits = self.model(
+                pack.ids[None],
+                position_ids=(pack.offset + self.length)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=pack.kept,
+            ).logits[0]
+        self._cache.crop(-len(pack.ids))
+        return pack.collect(logits)
+
+
+class WholePrompts:
+    """The same, asked with a whole prompt per question: the slow way that every model can go."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Start with nothing read."""
+        self.model = model
+        self._tokens: list[int] = []
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Remember the tokens; nothing is computed."""
+        self._tokens.extend(tokens)
+
+    @torch.inference_mode()
+    def ask(self, branches: Sequence[Branch]) -> list[list[float]]:
+        """Summed log-probability of every choice of every branch."""
+        return [self._ask(branch) for branch in branches]
+
+    def _ask(self, branch: Branch) -> list[float]:
+        logs: dict[tuple[int, ...], Tensor] = {}
+        out = []
+        for ending in branch.endings:
+            given = ending[:-1]
+            if given not in logs:
+                ids = torch.tensor([[*self._tokens, *branch.stem, *given]], device=self.model.device)
+                kept = torch.arange(ids.shape[1] - len(ending), ids.shape[1], device=ids.device)
+                logits = self.model(ids, use_cache=False, logits_to_keep=kept).logits[0]
+                logs[given] = torch.log_softmax(logits.float(), dim=-1)
+            rows = torch.arange(len(ending), device=self.model.device)
+            wanted = torch.tensor(ending, device=self.model.device)
+            out.append(float(logs[given][rows, wanted].sum()))
+        return out
+
+
+class _Pack:
+    """Branches laid out in one row. A slot is a place in the row, its offset the position after the text."""
+
+    def __init__(self, branches: Sequence[Branch], device: torch.device) -> None:
+        ids: list[int] = []
+        offset: list[int] = []
+        parent: list[int] = []  # the slot a token follows; -1: the text itself
+        kept: list[int] = []
+        self._sums: list[list[list[tuple[int, int]]]] = []  # branch, choice, (row of logits, token)
+
+        def lay(tokens: Sequence[int], after: int, first: int) -> None:
+            for k, token in enumerate(tokens):
+                parent.append(after if k == 0 else len(ids) - 1)
+                offset.append(first + k)
+                ids.append(token)
+
+        for branch in branches:
+            lay(branch.stem, -1, 0)
+            stem = len(ids) - 1
+            kept.append(stem)
+            row = len(kept) - 1
+            choices = []
+            for ending in branch.endings:
+                terms = [(row, ending[0])]
+                start = len(ids)
+                lay(ending[:-1], stem, len(branch.stem))
+                for k, token in enumerate(ending[1:]):
+                    kept.append(start + k)
+                    terms.append((len(kept) - 1, token))
+                choices.append(terms)
+            self._sums.append(choices)
+        self.ids = torch.tensor(ids, device=device)
+        self.offset = torch.tensor(offset, device=device)
+        self.kept = torch.tensor(kept, device=device)
+        self.visible = torch.eye(len(ids), dtype=torch.bool)
+        for slot, before in enumerate(parent):
+            if before >= 0:
+                self.visible[slot] |= self.visible[before]
+        self.visible = self.visible.to(device)  # (T, T): a slot sees itself and what it follows
+
+    def collect(self, logits: Tensor) -> list[list[float]]:
+        """Sums over the tokens of each choice; `logits` has one row per kept slot."""
+        logs = torch.log_softmax(logits.float(), dim=-1)
+        return [[sum(float(logs[row, token]) for row, token in terms) for terms in choices] for choices in self._sums]
+
+
+@contextmanager
+def _branches_apart(model: PreTrainedModel, length: int, pack: _Pack) -> Iterator[None]:
+    """Within, the model's mask function sees branches: positions instead of slots, and no other branch."""
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    original = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    position = torch.cat([torch.arange(length, device=pack.ids.device), pack.offset + length])
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        composed = kwargs.get("mask_function", causal_mask_function)
+
+        def apart(b: Any, h: Any, q: Tensor, k: Tensor) -> Tensor:
+            own = pack.visible[(q - length).clamp(min=0), (k - length).clamp(min=0)]
+            seen: Tensor = composed(b, h, position[q], position[k]) & (own | (k < length))
+            return seen
+
+        kwargs |= {"mask_function": apart, "allow_is_causal_skip": False}
+        return original(*args, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = wrapped
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+def why_not_forked(model: PreTrainedModel, longest: int) -> str | None:
+    """The reason why a model must be asked with whole prompts; `None` where forks equal them.
+
+    Decided by trying: the two ways are compared on a short text (and by the one thing a short text can't show,
+    rotary embeddings that change with the length).
+    """
+    config = model.config.get_text_config(decoder=True)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {p["rope_type"]: p for p in [ropes, *ropes.values()] if isinstance(p, dict) and "rope_type" in p}
+    for kind in {"dynamic", "longrope"} & set(kinds):
+        original = kinds[kind].get("original_max_position_embeddings") or config.max_position_embeddings
+        if longest > original:
+            return f"its rotary embedding ({kind}) changes with the length of the prompt"
+    generator = torch.Generator().manual_seed(0)
+    window = getattr(config, "sliding_window", None) or 0
+    size = 48 + (window if window <= 512 else 0)
+    ids = torch.randint(0, config.vocab_size, (size,), generator=generator).tolist()
+    branches = [
+        Branch((ids[1], ids[5]), ((ids[2],), (ids[3], ids[4], ids[6]))),
+        Branch((ids[7], ids[8], ids[9]), ((ids[1], ids[2]), (ids[4],))),
+    ]
+    whole = WholePrompts(model)
+    whole.read(ids)
+    try:
+        forked = ForkedText(model)
+        for at in range(0, size, 20):
+            forked.read(ids[at : at + 20])
+        forked.ask(branches)
+        found = forked.ask(branches)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"its cache can't be forked ({type(error).__name__})"
+    expected = whole.ask(branches)
+    gap = max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    if gap > _TOLERANCE.get(model.dtype, _LOOSE):
+        return f"forks of its cache differ from whole prompts (by {gap:.2g} nats)"
+    return None

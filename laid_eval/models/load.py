@@ -1,0 +1,223 @@
+"""Loads a causal language model with its tokenizer, and says what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from laid_eval.errors import UserError
+from laid_eval.models.source import Source, quiet
+from laid_eval.records import ModelInfo
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROPE_SCALINGS = ("linear", "dynamic", "yarn")
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model before its weights are loaded: enough to quote and to refuse."""
+
+    source: Source
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+    rope_scaling: str | None
+    trust_remote_code: bool
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """Configuration of the language model inside."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def claimed_length(self) -> int | None:
+        """What the configuration states, a rope factor that was asked for included."""
+        return getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
+    def info(self) -> ModelInfo:
+        """The record, without what only the loaded model knows."""
+        return ModelInfo(
+            name=self.source.name,
+            source=self.source.description,
+            fingerprint=self.source.fingerprint,
+            architecture=next(iter(self.config.architectures or ()), None),
+            claimed_length=self.claimed_length,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+            rope_scaling=self.rope_scaling,
+        )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to read."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: ModelInfo
+
+
+def describe(
+    source: Source,
+    dtype: str = "auto",
+    device: str = "auto",
+    rope_scaling: str | None = None,
+    trust_remote_code: bool = False,
+) -> Described:
+    """Read the configuration and settle type, device and rope scaling.
+
+    Args:
+        source: From `resolve`.
+        dtype: `auto` (float32 on a CPU, the checkpoint's own type elsewhere) or a name.
+        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+        rope_scaling: `yarn:2`, `linear:2` or `dynamic:2`.
+        trust_remote_code: Run model code that comes with the checkpoint.
+
+    Raises:
+        UserError: Not a causal language model, remote code needed, or an option that can't be had.
+    """
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(_load_failure(source, error)) from None
+    _refuse_non_causal(source, config)
+    where = _device(device)
+    if dtype == "auto":
+        own = getattr(config, "dtype", None)
+        kind = torch.float32 if where.type == "cpu" or not isinstance(own, torch.dtype) else own
+    elif dtype in DTYPES:
+        kind = DTYPES[dtype]
+    else:
+        raise UserError(f"Unknown --dtype {dtype!r}. Allowed: auto, {', '.join(DTYPES)}.")
+    if rope_scaling:
+        scale_rope(config, rope_scaling)
+    return Described(source, config, kind, where, rope_scaling, trust_remote_code)
+
+
+def load(described: Described) -> LoadedModel:
+    """Load weights and tokenizer.
+
+    Raises:
+        UserError: The weights can't be loaded, or the model sees later tokens (it is not causal).
+    """
+    source = described.source
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=described.trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=described.config,
+                dtype=described.dtype,
+                trust_remote_code=described.trust_remote_code,
+            )
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        raise UserError(_load_failure(source, error)) from None
+    model.to(device=described.device)
+    model.eval()
+    refuse_if_not_causal(source.name, model)
+    parameters = sum(p.numel() for p in model.parameters())
+    info = described.info.model_copy(update={"parameters": parameters, "chat_template": bool(tokenizer.chat_template)})
+    return LoadedModel(model, tokenizer, info)
+
+
+def scale_rope(config: PreTrainedConfig, text: str) -> None:
+    """Change a configuration as `yarn:2` says; the claimed length grows by the factor.
+
+    Raises:
+        UserError: Unknown kind, no factor above 1, or a model without rotary embeddings.
+    """
+    kind, _, number = text.partition(":")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = 0.0
+    if kind not in ROPE_SCALINGS or not 1 < factor < 1000:
+        raise UserError(
+            f"--rope-scaling {text!r} is not understood. Allowed: KIND:FACTOR with KIND one of "
+            f"{', '.join(ROPE_SCALINGS)} and FACTOR above 1, e.g. yarn:2."
+        )
+    inner = config.get_text_config(decoder=True)
+    rope = getattr(inner, "rope_parameters", None)
+    longest = getattr(inner, "max_position_embeddings", None)
+    if not rope or not longest:
+        raise UserError(
+            f"--rope-scaling needs rotary position embeddings; a {inner.model_type} model has none to scale."
+        )
+    # Families with one set of parameters per kind of layer (Gemma 3): only full attention reaches far.
+    nested = "rope_theta" not in rope
+    own: dict[str, Any] = rope["full_attention"] if nested else rope
+    original = own.get("original_max_position_embeddings") or longest
+    changed = {
+        "rope_theta": own["rope_theta"],
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    }
+    if "partial_rotary_factor" in own:
+        changed["partial_rotary_factor"] = own["partial_rotary_factor"]
+    if kind != "yarn":
+        del changed["original_max_position_embeddings"]
+    inner.rope_parameters = {**rope, "full_attention": changed} if nested else changed
+    if kind != "dynamic":
+        inner.max_position_embeddings = round(original * factor)
+
+
+def refuse_if_not_causal(name: str, model: PreTrainedModel) -> None:
+    """A later token must not change an earlier prediction: encoders wrapped as decoders fail here."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.arange(8, device=model.device)[None] % vocabulary
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % vocabulary
+    with torch.inference_mode():
+        first = model(tokens, use_cache=False).logits[0, :-1].float()
+        second = model(changed, use_cache=False).logits[0, :-1].float()
+    if not torch.allclose(first, second, atol=1e-2 * float(first.abs().max()) + 1e-6):
+        raise UserError(
+            f"Model {name!r} sees later tokens: it is an encoder. A window is measured on causal language models."
+        )
+
+
+def _refuse_non_causal(source: Source, config: PreTrainedConfig) -> None:
+    names = config.architectures or []
+    causal = any("CausalLM" in n or "LMHead" in n or "ConditionalGeneration" in n for n in names)
+    if config.is_encoder_decoder or (names and not causal):
+        kind = names[0] if names else config.model_type
+        raise UserError(
+            f"Model {source.name!r} is a {kind}, not a causal language model; a window is measured on models that "
+            "predict the next token (…ForCausalLM)."
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device is None or not known.get(device.type, False):
+        there = [kind for kind, present in known.items() if present]
+        raise UserError(f"--device {name!r} can't be had here. Allowed: auto, {', '.join(there)}.")
+    return device
+
+
+def _load_failure(source: Source, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"Model {source.name!r} needs code that comes with it. If you trust its authors: --trust-remote-code."
+    return f"Model {source.name!r} can't be loaded: {text[:240]}"

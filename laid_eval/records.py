@@ -1,0 +1,216 @@
+"""What is stored. Every record is frozen, strict, and explained field by field.
+
+Unknown is `None`, never 0, -1 or NaN. A window outside the tested range is censored: a word, not a number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+Unit = Literal["tokens", "images"]
+Censored = Literal["no", "above", "below"]
+Status = Literal["partial", "complete", "failed"]
+
+
+class Record(BaseModel):
+    """Base of everything that is stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Trial(Record):
+    """One question put to a model at one context length."""
+
+    id: str
+    """`probe/haystack/length/item`: the same seed gives two models the same questions, for pairing."""
+    probe: str
+    haystack: int
+    """Questions on one haystack share its text and are one cluster."""
+    length: int
+    """Context length asked for, in tokens or images."""
+    prompt_tokens: int
+    """Tokens the model really read, question and chat frame included."""
+    depth: float | None
+    """Where in the haystack the (earliest) needle lies, 0 = start, 1 = end; `None` where it is everywhere."""
+    score: float | None
+    """1 right, 0 wrong, shared where choices tie; `None` exactly when `error` is set."""
+    chance: float
+    """Expected score of a model that ignores the context."""
+    margin: float | None = None
+    """Log-probability of the right choice minus that of the best wrong one, nats."""
+    answer: str
+    chosen: str | None = None
+    error: str | None = None
+
+
+class WindowEstimate(Record):
+    """An effective context window: where the score curve crosses a criterion."""
+
+    probe: str
+    criterion: str
+    """Name and value, e.g. `relative 0.85`."""
+    definition: str
+    """The criterion in words."""
+    length: float | None
+    """The window; `None` when censored."""
+    low: float | None
+    """Lower end of the interval; `None` where it lies below the tested range."""
+    high: float | None
+    """Upper end of the interval; `None` where it lies above the tested range."""
+    unit: Unit = "tokens"
+    confidence: float = 0.95
+    censored: Censored = "no"
+    """`above`: longer than anything tested. `below`: shorter, or the model can't do the task at all."""
+    tested_min: float
+    tested_max: float
+    base_score: float | None
+    """Raw score at the shortest tested length, read off the curve."""
+    base_low: float | None = None
+    base_high: float | None = None
+    chance: float
+    trials: int
+    failed_trials: int
+    haystacks: int
+    design_effect: float | None = None
+    """Variance of the location against that of as many independent questions; trials / this = effective trials."""
+    method: str
+    """`posterior` (psychometric curve) or `isotonic` (the fallback), with the reason for a fallback."""
+
+    def __str__(self) -> str:
+        """`6,120 tokens [5,480, 6,790]`, or the censoring in words."""
+        return f"{self.value_text()} {self.unit} {self.interval_text()}".strip()
+
+    def value_text(self) -> str:
+        """The window alone: `6,120`, `>12,288` or `<256`."""
+        if self.censored == "above":
+            return f">{self.tested_max:,.0f}"
+        if self.censored == "below":
+            return f"<{self.tested_min:,.0f}"
+        return f"{self.length:,.0f}"
+
+    def interval_text(self) -> str:
+        """The interval alone: `[5,480, 6,790]`, open ends as `<256` and `>12,288`."""
+        low = f"<{self.tested_min:,.0f}" if self.low is None else f"{self.low:,.0f}"
+        high = f">{self.tested_max:,.0f}" if self.high is None else f"{self.high:,.0f}"
+        return f"[{low}, {high}]"
+
+    @property
+    def octaves(self) -> float | None:
+        """Width of the interval in octaves (doublings); `None` where an end is open."""
+        return math.log2(self.high / self.low) if self.low and self.high else None
+
+
+class CurvePoint(Record):
+    """The fitted score at one length, for drawing."""
+
+    length: float
+    score: float
+    low: float
+    high: float
+
+
+class Curve(Record):
+    """The fitted curve of one probe."""
+
+    probe: str
+    chance: float
+    points: tuple[CurvePoint, ...]
+
+
+class ModelInfo(Record):
+    """Which model was measured."""
+
+    name: str
+    """As the user named it."""
+    source: str
+    """What it resolved to: `Hub id@revision`, `local folder`, `GGUF file` or `scripted`."""
+    fingerprint: str | None = None
+    """Hash over the configuration and the weights' sizes, to see that two runs mean one model."""
+    architecture: str | None = None
+    parameters: int | None = None
+    claimed_length: int | None = None
+    """`max_position_embeddings` of the configuration (times a rope factor that was asked for)."""
+    dtype: str | None = None
+    device: str | None = None
+    rope_scaling: str | None = None
+    chat_template: bool | None = None
+    fan_out: str | None = None
+    """`forked` (one prefill, many questions) or `whole prompts: <why>`."""
+
+
+class Settings(Record):
+    """Everything that decides which questions are asked. Two runs with equal settings are comparable."""
+
+    probes: tuple[str, ...]
+    probe_hashes: dict[str, str]
+    """Hash of each probe's parsed, default-filled content."""
+    haystack: str
+    """Where the filler text comes from."""
+    haystack_hash: str
+    min_length: int | None
+    max_length: int
+    criterion: str
+    anchor: float | None = None
+    confidence: float
+    precision: float
+    """Stop when the interval of the criterion is this narrow, octaves."""
+    budget: int
+    """Stop when this many tokens have gone through the model."""
+    max_trials: int | None = None
+    chunk: int
+    """Tokens per forward pass of the prefill."""
+    seed: int
+
+
+class Cost(Record):
+    """What a measurement took."""
+
+    prefill_tokens: int = 0
+    """Tokens of haystacks read."""
+    question_tokens: int = 0
+    """Tokens of questions and choices put to forks of the cache."""
+    whole_prompt_tokens: int = 0
+    """Tokens that the same questions need when each is put as a whole prompt of its own."""
+    seconds: float = 0.0
+    """Wall time reading and asking, over all sessions of a resumed run; loading not included."""
+    load_seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    """Peak of the process (CPU) or of the device's allocator (GPU)."""
+
+
+class Run(Record):
+    """The header of a run folder, `run.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    command: Literal["window"] = "window"
+    created: str
+    """UTC, ISO 8601."""
+    status: Status
+    stopped: dict[str, str] | None = None
+    """Why the measurement of each probe ended."""
+    model: ModelInfo
+    settings: Settings
+    environment: dict[str, str | None]
+    """Versions, platform, device, git commit of the tool."""
+    windows: tuple[WindowEstimate, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    cost: Cost = Cost()
+    notes: tuple[str, ...] = ()
+    """What a reader should know: fallbacks, repeated text, failed trials."""
+
+    def window(self, probe: str, criterion: str | None = None) -> WindowEstimate:
+        """The estimate of a probe under a criterion (default: the one the run was measured for).
+
+        Raises:
+            KeyError: The run holds no such estimate.
+        """
+        wanted = criterion or self.settings.criterion
+        for w in self.windows:
+            if w.probe == probe and wanted in (w.criterion, w.criterion.split()[0]):
+                return w
+        raise KeyError(f"no window for probe {probe!r} under criterion {wanted!r}")

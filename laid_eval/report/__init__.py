@@ -1,0 +1,1 @@
+"""What is told: plots of runs. Reads run folders, needs no torch."""

@@ -1,0 +1,162 @@
+"""Run folders: append, resume, load, upgrade.
+
+`run.json` is written to a temporary name and renamed; `trials.jsonl` is appended, a group of lines at a time.
+A line torn by a kill is dropped on read, so a run can be resumed from any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import ValidationError
+
+from laid_eval.errors import UserError
+from laid_eval.records import SCHEMA_VERSION, Run, Trial, WindowEstimate
+
+HEADER = "run.json"
+TRIALS = "trials.jsonl"
+
+# Upgrades by the version they start from; each returns the document of the next version. None is needed yet.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run read back: its header and its trials."""
+
+    path: Path
+    header: Run
+    trials: pd.DataFrame
+    """One row a trial, columns as in `Trial`."""
+
+    @property
+    def windows(self) -> tuple[WindowEstimate, ...]:
+        """All estimates of the run."""
+        return self.header.windows
+
+    def window(self, probe: str | None = None, criterion: str | None = None) -> WindowEstimate:
+        """One estimate; by default of the first probe under the run's own criterion."""
+        return self.header.window(probe or self.header.settings.probes[0], criterion)
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write under a temporary name beside `path`, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_header(folder: Path, run: Run) -> None:
+    """Write `run.json`."""
+    write_atomically(folder / HEADER, run.model_dump_json(indent=1) + "\n")
+
+
+def append_trials(folder: Path, trials: Iterable[Trial]) -> None:
+    """Append trials and push them to the disk."""
+    with (folder / TRIALS).open("a", encoding="utf-8") as file:
+        file.write("".join(trial.model_dump_json() + "\n" for trial in trials))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_header(folder: Path) -> Run:
+    """Read `run.json`, upgraded to the present schema.
+
+    Raises:
+        UserError: No run folder, a damaged header, or one from a newer version of the program.
+    """
+    path = folder / HEADER
+    if not path.is_file():
+        raise UserError(f"'{folder}' is not a run folder: it holds no {HEADER}. Pass the folder that --out named.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = document["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path}' is damaged ({type(error).__name__}). Its trials are in {TRIALS}; "
+            "restore the header from a copy, or measure again into another folder."
+        ) from None
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise UserError(
+            f"'{path}' has schema version {version}, this laid-eval reads up to {SCHEMA_VERSION}. Upgrade laid-eval."
+        )
+    while version < SCHEMA_VERSION:
+        document = UPGRADES[version](document)
+        version = document["schema_version"]
+    try:
+        return Run.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"'{path}' is damaged: field {where!r}: {first['msg']}.") from None
+
+
+def load_trials(folder: Path) -> list[Trial]:
+    """Read the trials; the last line may be torn by a kill and is then left out.
+
+    Raises:
+        UserError: A line other than the last can't be read.
+    """
+    path = folder / TRIALS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    out: dict[str, Trial] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            trial = Trial.model_validate_json(line)
+        except ValidationError:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"'{path}' is damaged at line {number}. Remove that line, then run the command again."
+            ) from None
+        out[trial.id] = trial
+    return list(out.values())
+
+
+def drop_torn_line(folder: Path) -> None:
+    """Cut an unfinished last line off `trials.jsonl`, so that appending goes on with a whole line."""
+    path = folder / TRIALS
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def trial_table(trials: Iterable[Trial]) -> pd.DataFrame:
+    """Trials as a table with the columns of `Trial`."""
+    rows = [trial.model_dump() for trial in trials]
+    return pd.DataFrame(rows, columns=list(Trial.model_fields))
+
+
+def load_run(path: str | os.PathLike[str]) -> LoadedRun:
+    """Read a run folder. Needs no torch.
+
+    Raises:
+        UserError: Not a run folder, damaged, or written by a newer version.
+    """
+    folder = Path(path)
+    return LoadedRun(folder, load_header(folder), trial_table(load_trials(folder)))

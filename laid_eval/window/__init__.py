@@ -1,0 +1,1 @@
+"""Effective context windows: haystacks, readers, design of the questions, the estimate."""

@@ -1,0 +1,196 @@
+"""The window estimate: pure, from a table of trials.
+
+Why not "the longest length that passes"? Such a figure jumps by octaves, has no interval, and depends on which
+lengths were tried. Here the whole curve of score against length is fitted and the window is where it crosses a
+criterion, with a credible interval that counts questions on one haystack as one cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from laid_eval.errors import UserError
+from laid_eval.records import Curve, CurvePoint, Unit, WindowEstimate
+from laid_eval.window import isotonic
+from laid_eval.window.curve import Criterion, Floats, parse_criterion, score_at
+from laid_eval.window.posterior import Cells, Posterior, cells, posterior
+
+COLUMNS = ("length", "score", "chance", "haystack")
+FEWEST_TRIALS = 8
+_MISFIT = 0.005  # posterior-predictive p below which the curve is not believed
+
+
+def estimate_window(
+    trials: pd.DataFrame,
+    criterion: str | Criterion = "relative",
+    confidence: float = 0.95,
+    seed: int = 0,
+    *,
+    probe: str = "",
+    unit: Unit = "tokens",
+) -> WindowEstimate:
+    """Effective context window with its interval.
+
+    Args:
+        trials: One row a question; columns `length` (tokens or images), `score` (0..1, missing where the trial
+            failed), `chance` (0..1) and `haystack` (cluster id).
+        criterion: `relative` (share 0.85 of the base score, corrected for chance), `half`, `absolute` (raw
+            0.856), `chance` (raw 0.5), each also as `name:value`; or a `Criterion`, the only way to `anchored`.
+        confidence: Mass of the interval.
+        seed: Of the predictive check and of the bootstrap of the fallback.
+        probe: Goes into the record.
+        unit: Goes into the record.
+
+    Returns:
+        The estimate; censored in words where the crossing lies outside the tested lengths.
+
+    Raises:
+        UserError: Missing columns, values out of range, fewer than 8 valid trials or 2 lengths.
+
+    >>> rows = [(2**x, float(x < 12), 0.125, h) for h in range(8) for x in range(8, 15) for _ in range(4)]
+    >>> table = pd.DataFrame(rows, columns=["length", "score", "chance", "haystack"])
+    >>> w = estimate_window(table)
+    >>> 2048 < w.low < w.length < w.high < 4096, w.censored
+    (True, 'no')
+    """
+    return estimate_windows(trials, [criterion], confidence=confidence, seed=seed, probe=probe, unit=unit)[0][0]
+
+
+def estimate_windows(
+    trials: pd.DataFrame,
+    criteria: Sequence[str | Criterion],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    probe: str = "",
+    unit: Unit = "tokens",
+) -> tuple[list[WindowEstimate], Curve]:
+    """Several criteria from one fit, and the fitted curve. Arguments as for `estimate_window`."""
+    valid = _validated(trials)
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1, got {confidence}.")
+    data = cells(valid)
+    fit = posterior(data)
+    misfit = _misfit(data, fit, seed)
+    ends = ((1 - confidence) / 2, 0.5, (1 + confidence) / 2)
+    base = fit.quantiles(fit.scores(np.array([fit.base]))[:, 0], ends)
+    # A base score that may be chance has no window: shares of nothing cross nowhere.
+    able = base[0] > data.chance + 0.02 * (1 - data.chance)
+    shared: dict[str, Any] = {
+        "probe": probe,
+        "unit": unit,
+        "confidence": confidence,
+        "tested_min": float(2 ** data.x[0]),
+        "tested_max": float(2 ** data.x[-1]),
+        "base_score": float(base[1]),
+        "base_low": float(base[0]),
+        "base_high": float(base[2]),
+        "chance": data.chance,
+        "trials": len(valid),
+        "failed_trials": len(trials) - len(valid),
+        "haystacks": len(data.right),
+        "design_effect": fit.design_effect,
+    }
+    out = []
+    for given in criteria:
+        rule = parse_criterion(given) if isinstance(given, str) else given
+        floor = rule.name in ("absolute", "chance") and rule.value <= data.chance
+        method = "posterior"
+        if misfit:
+            method = "isotonic: the scores do not follow a psychometric curve"
+        elif floor:
+            method = "isotonic: the fitted curve never falls to its own chance level"
+        if method == "posterior":
+            found = fit.quantiles(fit.crossings(rule), ends)
+        else:
+            found = _bootstrap_quantiles(isotonic.crossings(data, rule, seed), ends)
+        if not able and rule.name in ("relative", "half", "anchored"):
+            found = np.full(3, -np.inf)
+            method += "; the base score can't be told from chance"
+        out.append(
+            WindowEstimate(
+                criterion=str(rule), definition=rule.definition, method=method, **_censor(found, data.x), **shared
+            )
+        )
+    return out, _curve(probe, data, fit, ends, seed)
+
+
+def _validated(trials: pd.DataFrame) -> pd.DataFrame:
+    missing = [c for c in COLUMNS if c not in trials.columns]
+    if missing:
+        raise UserError(f"The trials lack the column(s) {', '.join(missing)}; needed are {', '.join(COLUMNS)}.")
+    valid = trials[trials["score"].notna()]
+    for column, low, high in (("score", 0, 1), ("chance", 0, 1), ("length", 1, np.inf)):
+        numbers = valid[column].to_numpy(dtype=float)
+        if len(numbers) and not ((numbers >= low) & (numbers <= high)).all():
+            raise UserError(f"Column {column!r} must lie between {low} and {high}.")
+    lengths = valid["length"].nunique()
+    if len(valid) < FEWEST_TRIALS or lengths < 2:
+        raise UserError(
+            f"A window needs at least {FEWEST_TRIALS} valid trials at 2 lengths; "
+            f"given were {len(valid)} trials at {lengths} length(s)."
+        )
+    if valid["chance"].nunique() > 1:
+        raise UserError("The trials mix chance levels; estimate each kind of question by itself.")
+    return valid
+
+
+def _censor(found: Floats, x: Floats) -> dict[str, Any]:
+    """Length, ends and censoring from log2 quantiles (low, median, high) and the tested lengths."""
+    low, middle, high = (float(v) for v in found)
+    # The grid's own resolution: a crossing within it of the longest length is not "beyond".
+    bottom, top = float(x[0]) - 1e-6, float(x[-1]) + 1e-6
+    censored = "above" if middle > top else "below" if middle < bottom else "no"
+
+    def inside(value: float) -> float | None:
+        return float(2**value) if bottom <= value <= top else None
+
+    return {
+        "length": inside(middle),
+        "low": inside(low),
+        "high": inside(high),
+        "censored": censored,
+    }
+
+
+def _bootstrap_quantiles(found: Floats, ends: tuple[float, float, float]) -> Floats:
+    """The data's own crossing with the ends of the resamples; infinities are kept."""
+    low, high = np.quantile(found[1:], (ends[0], ends[2]), method="inverted_cdf")
+    return np.array([min(low, found[0]), found[0], max(high, found[0])])
+
+
+def _misfit(data: Cells, fit: Posterior, seed: int) -> bool:
+    """Whether scores by length stray further from the curve than the fitted model itself would produce."""
+    rng = np.random.default_rng([seed, 7])
+    asked = data.asked.sum(axis=0)
+    draws = fit.draw(400, rng)
+    own = np.sqrt(np.maximum(draws.w**2 - (0.588 * draws.spread) ** 2, 1e-4))
+    mean = draws.scores(data.x)  # (draws, X)
+    noise = asked * mean * (1 - mean) + 0.25
+    shift = draws.spread[:, None] * rng.normal(size=(len(draws.t), len(data.asked)))
+    p = score_at(
+        data.x[None, None, :],
+        (draws.t[:, None] + shift)[..., None],
+        own[:, None, None],
+        draws.r[:, None, None],
+        data.chance,
+    )
+    again = rng.binomial(np.round(data.asked).astype(int)[None], np.clip(p, 0, 1)).sum(axis=1)
+    seen = ((data.right.sum(axis=0) - asked * mean) ** 2 / noise).sum(axis=1)
+    expected = ((again - asked * mean) ** 2 / noise).sum(axis=1)
+    return bool((expected >= seen).mean() < _MISFIT)
+
+
+def _curve(probe: str, data: Cells, fit: Posterior, ends: tuple[float, float, float], seed: int) -> Curve:
+    x = np.linspace(data.x[0], data.x[-1], 61)
+    scores = fit.draw(2000, np.random.default_rng([seed, 9])).scores(x)
+    low, middle, high = np.quantile(scores, ends, axis=0)
+    points = tuple(
+        CurvePoint(length=float(2**a), score=float(b), low=float(c), high=float(d))
+        for a, b, c, d in zip(x, middle, low, high, strict=True)
+    )
+    return Curve(probe=probe, chance=data.chance, points=points)

@@ -1,0 +1,72 @@
+"""A real model behind the reader protocol."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from laid_eval.models.fork import ForkedText, WholePrompts, why_not_forked
+from laid_eval.models.frame import Branch, frame_of
+from laid_eval.models.load import LoadedModel
+from laid_eval.window.questions import Question
+from laid_eval.window.readers import Asked
+
+
+class ModelReader:
+    """Reads with KV fan-out where the model allows it, with whole prompts where it does not."""
+
+    def __init__(self, loaded: LoadedModel, longest: int) -> None:
+        """Check how the model can be asked.
+
+        Args:
+            loaded: The model.
+            longest: Longest context that will be read, tokens.
+        """
+        reason = why_not_forked(loaded.model, longest)
+        mode = f"whole prompts: {reason}" if reason else "forked"
+        self.info = loaded.info.model_copy(update={"fan_out": mode})
+        self._model = loaded.model
+        self._frame = frame_of(loaded.tokenizer)
+        self._kind = WholePrompts if reason else ForkedText
+        self._text = self._kind(self._model)
+        self._branches: dict[Question, Branch] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text` as a continuation of other text."""
+        return self._frame.continuation(text)
+
+    def opening(self, instruction: str) -> list[int]:
+        """Chat frame and instruction."""
+        return self._frame.opening(instruction)
+
+    def question_tokens(self, question: Question) -> int:
+        """Tokens of the question, the frame after it, the lead and the longest choice."""
+        return self._branch(question).longest
+
+    def begin(self) -> None:
+        """Drop the cache."""
+        self._branches.clear()
+        self._text = self._kind(self._model)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """One chunk."""
+        self._text.read(tokens)
+
+    def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """Log-probabilities of the choices, in one pass where forks are possible."""
+        return self._text.ask([self._branch(asked.question) for asked in questions])
+
+    def peak_memory_bytes(self) -> int | None:
+        """Peak resident memory of the process, or of the accelerator's allocator."""
+        if self._model.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._model.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def _branch(self, question: Question) -> Branch:
+        if question not in self._branches:
+            self._branches[question] = self._frame.branch(question.prompt, question.lead, question.choices)
+        return self._branches[question]

@@ -1,0 +1,65 @@
+"""The steps of a measurement that need torch: resolve, describe, quote, load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from laid_eval.models.cost import Shape, check_memory, needed_memory, shape_of, speed_test
+from laid_eval.models.load import Described, describe, load
+from laid_eval.models.source import resolve
+from laid_eval.records import ModelInfo, Settings
+from laid_eval.window.model_reader import ModelReader
+from laid_eval.window.session import Quote
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is known but not loaded."""
+
+    described: Described
+    shape: Shape
+
+    @property
+    def info(self) -> ModelInfo:
+        """Its record so far."""
+        return self.described.info
+
+    def check_memory(self, length: int, chunk: int) -> None:
+        """Refuse a length that does not fit; see `models.cost.check_memory`."""
+        check_memory(self.described, self.shape, length, chunk)
+
+    def quote(self, settings: Settings) -> Quote:
+        """The most that a measurement takes, after a speed test of two seconds."""
+        rate = speed_test(self.described, self.shape)
+        # A haystack's tokens cost more the later they come; the budget holds so many full ones.
+        full = settings.budget / settings.max_length
+        seconds = full * self.shape.seconds(settings.max_length, settings.chunk, rate)
+        return Quote(
+            max_length=settings.max_length,
+            tokens=settings.budget,
+            questions=round(full * 1.5 * 5 * 6),
+            minutes=seconds / 60,
+            memory_bytes=needed_memory(self.shape, settings.max_length, settings.chunk),
+        )
+
+    def load(self, longest: int) -> tuple[ModelReader, float]:
+        """The reader, and the seconds it took to load."""
+        started = time.perf_counter()
+        reader = ModelReader(load(self.described), longest)
+        return reader, time.perf_counter() - started
+
+
+def prepare(
+    name: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    rope_scaling: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> Prepared:
+    """Find a model and read its configuration. Arguments as for `measure_window`."""
+    source = resolve(name, revision, allow_pickle)
+    described = describe(source, dtype, device, rope_scaling, trust_remote_code)
+    return Prepared(described, shape_of(described))

@@ -1,0 +1,234 @@
+"""Probes: the kinds of question put to a model, declared in TOML.
+
+A bundled probe is named (`needle`); one of your own is a path to a TOML file. The text of a probe is data; the
+four shapes of task below are all the code knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from laid_eval.errors import UserError, nearest
+from laid_eval.resources import bundled
+
+
+class Declared(BaseModel):
+    """Fields common to all probes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+    summary: str
+    """One line for `laid-eval probes`."""
+    instruction: str
+    """Said before the haystack."""
+    choices: Annotated[int, Field(ge=2, le=26)] = 8
+    """Choices per question; chance is one over this."""
+    min_length: Annotated[int, Field(ge=64)] = 256
+    """Shortest context length asked, tokens. The base score is read off there."""
+    first: Annotated[int, Field(ge=1)] = 3
+    """Facts (keys, chains) planted before the first cut point; the rest follow over the whole length."""
+
+
+class Kind(BaseModel):
+    """One kind of fact: how it is stated, asked, and what the answer may be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fact: str
+    """Statement with `{answer}` (and, where answers are shared, nothing else)."""
+    question: str
+    lead: str
+    """Start of the answer; the choices continue it."""
+    answers: tuple[str, ...] = ()
+
+
+class FactsProbe(Declared):
+    """Facts of different kinds; one question each."""
+
+    task: Literal["facts"]
+    kinds: tuple[Kind, ...]
+    answers: tuple[str, ...] = ()
+    """Answers shared by all kinds (each used once a haystack); then choices are answers stated so far."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FactsProbe:
+        if self.answers:
+            if len(self.answers) < len(self.kinds):
+                raise ValueError("shared answers: at least one per kind is needed")
+            if self.first < self.choices:
+                raise ValueError("shared answers: `first` must be at least `choices`")
+        elif any(len(set(kind.answers)) < self.choices for kind in self.kinds):
+            raise ValueError("every kind needs at least `choices` different answers")
+        _placeholders((kind.fact for kind in self.kinds), "fact", {"answer"})
+        return self
+
+
+class KeysProbe(Declared):
+    """Facts that share one relation: key -> value."""
+
+    task: Literal["keys"]
+    fact: str
+    question: str
+    lead: str
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> KeysProbe:
+        if len(self.values) < len(self.keys):
+            raise ValueError("at least as many values as keys are needed")
+        if not self.choices <= self.first <= len(self.keys):
+            raise ValueError("`first` must lie between `choices` and the number of keys")
+        _placeholders([self.fact], "fact", {"key", "value"})
+        _placeholders([self.question], "question", {"key"})
+        return self
+
+
+class ChainsProbe(Declared):
+    """Chains of variables: the first holds a value, each next one equals the one before."""
+
+    task: Literal["chains"]
+    hops: Annotated[int, Field(ge=1, le=8)] = 2
+    """Links between the value and the variable asked for."""
+    chains: Annotated[int, Field(ge=2)] = 12
+    """Chains in one haystack."""
+    start: str
+    """Statement with `{name}` and `{value}`."""
+    link: str
+    """Statement with `{name}` and `{previous}`."""
+    question: str
+    lead: str
+    values: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> ChainsProbe:
+        if len(self.values) < self.chains:
+            raise ValueError("at least as many values as chains are needed")
+        if not self.choices <= self.first <= self.chains:
+            raise ValueError("`first` must lie between `choices` and `chains`")
+        _placeholders([self.start], "start", {"name", "value"})
+        _placeholders([self.link], "link", {"name", "previous"})
+        _placeholders([self.question], "question", {"name"})
+        return self
+
+
+class Theme(BaseModel):
+    """One thing that is mentioned several times with different words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fact: str
+    question: str
+    lead: str
+    words: tuple[str, ...]
+
+
+class CountsProbe(Declared):
+    """Which word occurs most: the answer is spread over the whole context."""
+
+    task: Literal["counts"]
+    themes: tuple[Theme, ...]
+    mentions: Annotated[int, Field(ge=8)] = 20
+    """Mentions per theme in one haystack; about half are of the commonest word."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CountsProbe:
+        if any(len(set(theme.words)) < self.choices for theme in self.themes):
+            raise ValueError("every theme needs at least `choices` different words")
+        _placeholders((theme.fact for theme in self.themes), "fact", {"answer"})
+        return self
+
+
+Probe = FactsProbe | KeysProbe | ChainsProbe | CountsProbe
+_ADAPTER: TypeAdapter[Probe] = TypeAdapter(Annotated[Probe, Field(discriminator="task")])
+_VARIANTS: dict[str, type[Declared]] = {
+    "facts": FactsProbe,
+    "keys": KeysProbe,
+    "chains": ChainsProbe,
+    "counts": CountsProbe,
+}
+
+
+def _placeholders(texts: Any, field: str, names: set[str]) -> None:
+    for text in texts:
+        for name in names:
+            if "{" + name + "}" not in text:
+                raise ValueError(f"`{field}` must contain {{{name}}}, got {text!r}")
+
+
+def probe_names() -> list[str]:
+    """Names of the bundled probes."""
+    return sorted(path.stem for path in bundled("probes").glob("*.toml"))
+
+
+def load_probe(name: str) -> Probe:
+    """A probe by its name, or by the path of a TOML file.
+
+    Raises:
+        UserError: Unknown name, unreadable file, or a field that is wrong (named, with the nearest valid one).
+    """
+    path = Path(name)
+    if not name.endswith(".toml"):
+        path = bundled("probes") / f"{name}.toml"
+        if not path.is_file():
+            names = probe_names()
+            raise UserError(
+                f"Unknown probe {name!r}{nearest(name, names)}. "
+                f"Allowed: {', '.join(names)}, all, or the path of a .toml file."
+            )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Probe file {name!r} can't be read: {error.strerror}. Check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"Probe file {name!r} is not valid TOML: {error}.") from None
+    try:
+        return _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        raise UserError(f"Probe file {name!r}: {_explain(content, error)}") from None
+
+
+def load_probes(names: Sequence[str]) -> list[Probe]:
+    """Several probes; `all` stands for every bundled one."""
+    wanted = [n for name in names for n in (probe_names() if name == "all" else [name])]
+    probes = [load_probe(name) for name in dict.fromkeys(wanted)]
+    seen = [probe.name for probe in probes]
+    for name in seen:
+        if seen.count(name) > 1:
+            raise UserError(f"Two probes are called {name!r}; give each file's `name` once.")
+    return probes
+
+
+def probe_hash(probe: Probe) -> str:
+    """Hash of the parsed, default-filled content: comments and order of keys do not matter."""
+    content = json.dumps(probe.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _explain(content: dict[str, Any], error: ValidationError) -> str:
+    """One line for the first problem pydantic found."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in _VARIANTS]
+    field = ".".join(where)
+    if first["type"] == "union_tag_not_found":
+        return f"field 'task' is missing. Allowed: {', '.join(_VARIANTS)}."
+    if first["type"] == "union_tag_invalid":
+        given = str(content.get("task"))
+        return f"unknown task {given!r}{nearest(given, _VARIANTS)}. Allowed: {', '.join(_VARIANTS)}."
+    if first["type"] == "extra_forbidden":
+        models: list[type[BaseModel]] = [_VARIANTS[str(content["task"])], Kind, Theme]
+        owner = models[0] if len(where) == 1 else models[1 if where[0] == "kinds" else 2]
+        allowed = list(owner.model_fields)
+        return f"unknown field {field!r}{nearest(where[-1], allowed)}. Allowed: {', '.join(allowed)}."
+    if first["type"] == "missing":
+        return f"field {field!r} is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"field {field!r}: {message}." if field else f"{message}."

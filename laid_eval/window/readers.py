@@ -1,0 +1,147 @@
+"""What measures a window is a reader: something that reads tokens and then answers forced choices about them.
+
+`ScriptedReader` has a planted window: for tests, teaching and the self-check. `ModelReader` (in `model_reader`)
+is a real model behind the same protocol.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from laid_eval.records import ModelInfo
+from laid_eval.window.curve import score_at
+from laid_eval.window.questions import Question
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question at one cut point of one haystack."""
+
+    id: str
+    question: Question
+    haystack: int
+    length: int
+    depth: float | None
+
+
+class Reader(Protocol):
+    """Reads a haystack from its start and answers questions on a fork of what it has read."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is measured."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text` as a continuation of other text."""
+        ...
+
+    def opening(self, instruction: str) -> list[int]:
+        """Tokens before the haystack: chat frame and instruction."""
+        ...
+
+    def question_tokens(self, question: Question) -> int:
+        """Tokens after the haystack, longest choice included."""
+        ...
+
+    def begin(self) -> None:
+        """Forget everything read."""
+        ...
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Read on."""
+        ...
+
+    def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """Log-probability of every choice of every question, given all that was read; nothing is remembered."""
+        ...
+
+    def peak_memory_bytes(self) -> int | None:
+        """Most memory taken so far; `None` where it can't be known."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScriptedReader:
+    """Answers rightly inside its planted window and guesses beyond, after a psychometric curve.
+
+    Every answer is drawn from (seed, question id), so a resumed run meets the same answers.
+
+    >>> reader = ScriptedReader(location=13.0)
+    >>> round(2 ** reader.location)
+    8192
+    """
+
+    location: float = 13.0
+    """Log2 length at which the score is half way down."""
+    width: float = 0.25
+    """Octaves; 0 is a cliff."""
+    lapse: float = 0.02
+    """Share of questions answered wrongly even at short lengths."""
+    spread: float = 0.0
+    """Octaves by which haystacks differ in location (standard deviation, normal)."""
+    correlation: float = 0.0
+    """Instead of `spread`: correlation of answers at one length of a haystack (beta-distributed score)."""
+    depth_bias: float = 0.0
+    """Octaves by which the location of a needle at the end exceeds that of one at the start."""
+    seed: int = 0
+    claimed: int = 8192
+
+    @property
+    def info(self) -> ModelInfo:
+        """A record that says it is scripted."""
+        return ModelInfo(name="scripted", source="scripted", claimed_length=self.claimed)
+
+    def encode(self, text: str) -> list[int]:
+        """One token a word."""
+        return [0] * len(text.split())
+
+    def opening(self, instruction: str) -> list[int]:
+        """The instruction alone."""
+        return self.encode(instruction)
+
+    def question_tokens(self, question: Question) -> int:
+        """Words of question, lead and one choice."""
+        return len(self.encode(question.prompt)) + len(self.encode(question.lead)) + 1
+
+    def begin(self) -> None:
+        """Nothing is kept."""
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """Right with the curve's probability, else a guess among all choices."""
+        return [self._answer(asked) for asked in questions]
+
+    def peak_memory_bytes(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def _answer(self, asked: Asked) -> list[float]:
+        question = asked.question
+        own = np.random.default_rng([self.seed, asked.haystack, 1])
+        shift = self.spread * own.normal()
+        if asked.depth is not None:
+            shift += self.depth_bias * (asked.depth - 0.5)
+        x, g = np.log2(asked.length), question.chance
+        width = np.array(max(self.width, 1e-6))
+        r = np.array((1 - self.lapse - g) / (1 - g))
+        p = float(score_at(x, np.array(self.location + shift), width, r, g))
+        if self.correlation > 0 and 0 < p < 1:
+            own = np.random.default_rng([self.seed, asked.haystack, asked.length, 2])
+            scale = 1 / self.correlation - 1
+            p = float(own.beta(p * scale, (1 - p) * scale))
+        rng = np.random.default_rng([self.seed, zlib.crc32(asked.id.encode()), 3])
+        right = rng.random() < (p - g) / (1 - g) if p > g else rng.random() < p / g - 1
+        chosen = question.answer
+        if not right:
+            # A guess among all choices, so that p is the score; below chance (beta only) a wrong one.
+            wrong = [i for i in range(len(question.choices)) if i != question.answer or p >= g]
+            chosen = int(rng.choice(wrong))
+        return [0.0 if i == chosen else -1.0 for i in range(len(question.choices))]

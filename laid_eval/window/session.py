@@ -1,0 +1,233 @@
+"""The main job from a model's name to a finished run folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+from laid_eval.environment import environment
+from laid_eval.errors import UserError
+from laid_eval.models.reference import REFERENCES
+from laid_eval.records import ModelInfo, Run, Settings
+from laid_eval.runs import LoadedRun, load_run
+from laid_eval.window.curve import parse_criterion
+from laid_eval.window.haystack import Corpus, load_corpus
+from laid_eval.window.measure import Progress, measure, resumable
+from laid_eval.window.probes import Probe, load_probes, probe_hash
+from laid_eval.window.readers import Reader
+
+CHUNK = 512
+"""Tokens per forward pass while reading: more is hardly faster and takes more memory."""
+REACH = 1.5
+"""Default longest context, in claimed lengths: far enough to see the window end."""
+BUDGET = 6
+"""Default budget, in longest contexts."""
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What a measurement will take at most, told before the weights are loaded."""
+
+    max_length: int
+    tokens: int
+    """Tokens through the model, the budget."""
+    questions: int
+    """Roughly."""
+    minutes: float
+    memory_bytes: int
+
+
+def measure_window(
+    model: str | Reader,
+    probe: str | Sequence[str] = "needle",
+    *,
+    out: str | Path | None = None,
+    max_length: int | None = None,
+    min_length: int | None = None,
+    haystack: Sequence[str | Path] = (),
+    criterion: str = "relative",
+    anchor: str | Path | None = None,
+    confidence: float = 0.95,
+    precision: float = 0.5,
+    budget: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    rope_scaling: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    announce: Callable[[Quote], None] | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> LoadedRun:
+    """Measure how long a context a model can really use.
+
+    Args:
+        model: Reference model, local folder, GGUF file, Hub id, or a `Reader` (e.g. `ScriptedReader`).
+        probe: Names of probes or paths of TOML files; `all` for every bundled one.
+        out: Run folder; a run already there with the same settings is resumed. Default: a new one in `runs/`.
+        max_length: Longest context, tokens. Default: 1.5 x the claimed length.
+        min_length: Shortest context, tokens. Default: the probe's.
+        haystack: Files with filler text. Default: Python's language reference.
+        criterion: See `estimate_window`; decides when the measurement is precise enough.
+        anchor: Run folder of the model whose base score `anchored` refers to.
+        confidence: Mass of the interval.
+        precision: Stop when the interval is this narrow, octaves.
+        budget: Stop when this many tokens went through the model, over all probes. Default: 6 x `max_length`.
+        seed: Of texts, facts and questions. Equal seeds give two models equal questions.
+        revision: Of a Hub id.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        rope_scaling: `yarn:2`, `linear:2`, `dynamic:2`: what the window would be if.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        allow_pickle: Load pickled weights too.
+        announce: Called with the quote before the weights are loaded; `None` skips the speed test.
+        progress: Called while measuring.
+
+    Returns:
+        The run, read back from its folder.
+
+    Raises:
+        UserError: Anything the user can mend.
+        KeyboardInterrupt: As it came; the folder keeps what was measured.
+    """
+    probes = load_probes([probe] if isinstance(probe, str) else list(probe))
+    corpus = load_corpus([Path(file) for file in haystack])
+    if not isinstance(model, str):
+        info, reader = model.info, model
+        make: Callable[[int], tuple[Reader, float]] = lambda _: (reader, 0.0)  # noqa: E731
+        longest = _max_length(info, max_length)
+    else:
+        # Loads torch; a scripted reader does not need it.
+        from laid_eval.window.model_session import prepare
+
+        prepared = prepare(model, revision, dtype, device, rope_scaling, trust_remote_code, allow_pickle)
+        info = prepared.info
+        longest = _max_length(info, max_length)
+        make = prepared.load
+    settings = _settings(probes, corpus, longest, min_length, criterion, anchor, confidence, precision, budget, seed)
+    folder = _folder(out, info)
+    run = resumable(folder, settings, info)
+    if run and _finished(run, settings):
+        return load_run(folder)
+    if isinstance(model, str):
+        prepared.check_memory(longest, CHUNK)
+        if announce:
+            announce(prepared.quote(settings))
+    loaded, seconds = make(longest)
+    run = run or Run(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        status="partial",
+        model=loaded.info,
+        settings=settings,
+        environment=environment(),
+        notes=_notes(loaded.info),
+    )
+    cost = run.cost.model_copy(update={"load_seconds": round(seconds, 2)})
+    run = run.model_copy(update={"settings": settings, "cost": cost})
+    folder.mkdir(parents=True, exist_ok=True)
+    measure(loaded, probes, corpus, run, folder, progress)
+    return load_run(folder)
+
+
+def _max_length(info: ModelInfo, asked: int | None) -> int:
+    if asked:
+        return asked
+    if not info.claimed_length:
+        raise UserError(f"Model {info.name!r} states no maximum length; say how far to look: --max-length 8192.")
+    return round(REACH * info.claimed_length)
+
+
+def _settings(
+    probes: list[Probe],
+    corpus: Corpus,
+    longest: int,
+    min_length: int | None,
+    criterion: str,
+    anchor: str | Path | None,
+    confidence: float,
+    precision: float,
+    budget: int | None,
+    seed: int,
+) -> Settings:
+    for probe in probes:
+        shortest = min_length or probe.min_length
+        if longest < 2 * shortest:
+            raise UserError(
+                f"--max-length {longest} is too short: probe {probe.name!r} starts at {shortest} tokens and needs "
+                f"at least one octave, {2 * shortest}."
+            )
+    if not 0 < confidence < 1:
+        raise UserError(f"--confidence must lie between 0 and 1, got {confidence}.")
+    if not precision > 0:
+        raise UserError(f"--precision must be above 0 octaves, got {precision}.")
+    tokens = budget if budget is not None else BUDGET * longest
+    if tokens < longest:
+        raise UserError(
+            f"--budget {tokens} does not reach the longest context once ({longest} tokens). Give more, or a smaller "
+            "--max-length."
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must lie between 0 and {2**32 - 1}, got {seed}.")
+    base = _anchor_share(anchor, probes) if anchor else None
+    parse_criterion(criterion, base)
+    return Settings(
+        probes=tuple(probe.name for probe in probes),
+        probe_hashes={probe.name: probe_hash(probe) for probe in probes},
+        haystack=corpus.name,
+        haystack_hash=corpus.hash,
+        min_length=min_length,
+        max_length=longest,
+        criterion=criterion,
+        anchor=base,
+        confidence=confidence,
+        precision=precision,
+        budget=tokens,
+        chunk=CHUNK,
+        seed=seed,
+    )
+
+
+def _anchor_share(anchor: str | Path, probes: list[Probe]) -> float:
+    """Chance-corrected base score of another run; one probe at a time, since each has its own."""
+    run = load_run(anchor)
+    if len(probes) != 1:
+        raise UserError("--anchor needs exactly one --probe: every probe has a base score of its own.")
+    try:
+        window = run.window(probes[0].name)
+    except KeyError:
+        raise UserError(f"The anchor run '{anchor}' holds no estimate for probe {probes[0].name!r}.") from None
+    share = ((window.base_score or 0.0) - window.chance) / (1 - window.chance)
+    if share <= 0:
+        raise UserError(f"The anchor run '{anchor}' is at chance; nothing can be anchored to it.")
+    return round(share, 6)
+
+
+def _folder(out: str | Path | None, info: ModelInfo) -> Path:
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out '{out}' is a file; give a folder.")
+        return folder
+    name = re.sub(r"[^\w.-]+", "-", Path(info.name).name).strip("-") or "model"
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return Path("runs") / f"{now}-window-{name}-{uuid4().hex[:6]}"
+
+
+def _finished(run: Run, settings: Settings) -> bool:
+    """Complete, and asked for nothing more than it was complete for."""
+    old = run.settings
+    return run.status == "complete" and (old.budget, old.precision) == (settings.budget, settings.precision)
+
+
+def _notes(info: ModelInfo) -> tuple[str, ...]:
+    notes = []
+    if info.fan_out and info.fan_out != "forked":
+        notes.append(f"asked with {info.fan_out}")
+    if any(r.name == info.name and not info.source.startswith("Hub") for r in REFERENCES):
+        notes.append(f"weights: {info.source}, converted to {info.dtype}")
+    return tuple(notes)
