@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from laid_eval.errors import UserError
@@ -56,7 +55,7 @@ class Rate:
 def shape_of(described: Described) -> Shape:
     """Sizes from the configuration; parameters counted on a model without memory."""
     text = described.text_config
-    with init_empty_weights(), quiet():
+    with torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(described.config, trust_remote_code=described.trust_remote_code)
     heads = getattr(text, "num_attention_heads", 1)
     return Shape(

@@ -32,7 +32,7 @@ class Family:
 FAMILIES = (
     Family("typical", ScriptedReader(location=12.4, width=0.3)),
     Family("cliff", ScriptedReader(location=12.9, width=0.05)),
-    Family("gradual", ScriptedReader(location=12.0, width=0.7, lapse=0.05)),
+    Family("gradual", ScriptedReader(location=12.0, width=0.5, lapse=0.05)),
     Family("lapsing", ScriptedReader(location=12.0, width=0.3, lapse=0.25)),
     Family("short window", ScriptedReader(location=9.6, width=0.3)),
     Family("long context", ScriptedReader(location=15.6, width=0.3), max_length=131072),
@@ -144,7 +144,7 @@ def _probe(choices: int) -> FactsProbe:
     words = tuple(f"w{i}" for i in range(choices))
     kinds = tuple(
         Kind(fact=f"Fact {i} is {{answer}}.", question=f"What is fact {i}?", lead="It is", answers=words)
-        for i in range(16)
+        for i in range(24)
     )
     return FactsProbe(
         name="planted",

@@ -16,11 +16,11 @@ from scipy.stats import binom
 from laid_eval.window.posterior import Posterior
 
 PER_OCTAVE = 4
-STRATA = 8
+STRATA = 12
 """Slices of depth asked at each cut point."""
 COARSE = 2
 """Haystacks of the first look."""
-FEWEST = 6
+FEWEST = 8
 """Haystacks before a precise estimate may end the measurement: fewer clusters can't show how they differ."""
 
 
@@ -45,14 +45,20 @@ def coarse_cuts(grid: Sequence[int], haystack: int) -> list[int]:
 
 
 def refined_cuts(grid: Sequence[int], fit: Posterior, haystack: int) -> list[int]:
-    """The shortest length and up to five in the bracket where the expected score falls."""
+    """The shortest length and up to five in the bracket where the expected score falls.
+
+    Every fourth haystack stays short: it costs next to nothing, and a share of the base score is known no better
+    than the base score itself.
+    """
     x = np.log2(np.array(grid, dtype=float))
     share = (fit.weight @ fit.scores(x)) - fit.chance
     share = share / max(share[0], 1e-9)
-    high = int(np.argmax(share <= 0.45)) if (share <= 0.45).any() else len(grid) - 1
+    high = int(np.argmax(share <= 0.55)) if (share <= 0.55).any() else len(grid) - 1
     low = int(np.flatnonzero(share >= 0.95)[-1])
     high = max(high, min(2, len(grid) - 1))
     low = max(0, min(low, high - PER_OCTAVE))
+    if haystack % 4 == 3 and low > PER_OCTAVE:
+        return [grid[i] for i in range(0, min(low, 2 * PER_OCTAVE + 1), PER_OCTAVE)]
     count = 5 - haystack % 2
     picked = np.unique(np.round(np.linspace(low, high, count)).astype(int))
     return sorted({grid[0], *(grid[int(i)] for i in picked)})

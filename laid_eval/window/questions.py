@@ -118,17 +118,15 @@ class CountStory:
             if not counts or counts[0][0] - (counts[1][0] if len(counts) > 1 else 0) < 2:
                 continue
             winner = counts[0][1]
-            # Words that were mentioned come first among the rivals: they are the harder ones.
-            heard = [word for _, word in counts[1:]]
-            quiet = [word for word in theme.words if word != winner and word not in heard]
-            rivals = (heard + list(rng.permutation(quiet)))[: self.probe.choices - 1]
+            # All other words, mentioned or not: preferring some would make the winner guessable from the choices.
+            rivals = tuple(word for word in theme.words if word != winner)
             out.append(
                 _question(
                     f"theme{k}",
                     theme.question,
                     theme.lead,
                     winner,
-                    tuple(map(str, rivals)),
+                    rivals,
                     self.probe.choices,
                     None,
                     rng,
