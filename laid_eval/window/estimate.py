@@ -8,6 +8,7 @@ criterion, with a credible interval that counts questions on one haystack as one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,27 +58,43 @@ def estimate_window(
     >>> 2048 < w.low < w.length < w.high < 4096, w.censored
     (True, 'no')
     """
-    return estimate_windows(trials, [criterion], confidence=confidence, seed=seed, probe=probe, unit=unit)[0][0]
+    fit = fit_trials(trials, seed)
+    return windows_of(fit, [criterion], confidence=confidence, seed=seed, probe=probe, unit=unit)[0]
 
 
-def estimate_windows(
-    trials: pd.DataFrame,
+@dataclass(frozen=True)
+class Fit:
+    """The curve fitted to one table of trials: every criterion is read off it."""
+
+    data: Cells
+    posterior: Posterior
+    misfit: bool
+    """The scores are not of the curve's shape; windows come from the isotonic fallback."""
+    trials: int
+    failed_trials: int
+
+
+def fit_trials(trials: pd.DataFrame, seed: int = 0) -> Fit:
+    """Fit the curve. Arguments and errors as for `estimate_window`."""
+    valid = _validated(trials)
+    data = cells(valid)
+    fit = posterior(data)
+    return Fit(data, fit, _misfit(data, fit, seed), len(valid), len(trials) - len(valid))
+
+
+def windows_of(
+    fit: Fit,
     criteria: Sequence[str | Criterion],
     *,
     confidence: float = 0.95,
     seed: int = 0,
     probe: str = "",
     unit: Unit = "tokens",
-) -> tuple[list[WindowEstimate], Curve]:
-    """Several criteria from one fit, and the fitted curve. Arguments as for `estimate_window`."""
-    valid = _validated(trials)
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence must lie between 0 and 1, got {confidence}.")
-    data = cells(valid)
-    fit = posterior(data)
-    misfit = _misfit(data, fit, seed)
-    ends = ((1 - confidence) / 2, 0.5, (1 + confidence) / 2)
-    base = fit.quantiles(fit.scores(np.array([fit.base]))[:, 0], ends)
+) -> list[WindowEstimate]:
+    """The window under each criterion. Arguments and errors as for `estimate_window`."""
+    ends = _interval(confidence)
+    data, curve = fit.data, fit.posterior
+    base = curve.quantiles(curve.scores(np.array([curve.base]))[:, 0], ends)
     # A base score that may be chance has no window: shares of nothing cross nowhere.
     able = base[0] > data.chance + 0.02 * (1 - data.chance)
     shared: dict[str, Any] = {
@@ -90,33 +107,53 @@ def estimate_windows(
         "base_low": float(base[0]),
         "base_high": float(base[2]),
         "chance": data.chance,
-        "trials": len(valid),
-        "failed_trials": len(trials) - len(valid),
+        "trials": fit.trials,
+        "failed_trials": fit.failed_trials,
         "haystacks": len(data.right),
-        "design_effect": fit.design_effect,
+        "design_effect": curve.design_effect,
     }
     out = []
     for given in criteria:
         rule = parse_criterion(given) if isinstance(given, str) else given
-        floor = rule.name in ("absolute", "chance") and rule.value <= data.chance
-        method = "posterior"
-        if misfit:
-            method = "isotonic: the scores do not follow a psychometric curve"
-        elif floor:
-            method = "isotonic: the fitted curve never falls to its own chance level"
-        if method == "posterior":
-            found = fit.quantiles(fit.crossings(rule), ends)
-        else:
-            found = _bootstrap_quantiles(isotonic.crossings(data, rule, seed), ends)
+        found, method = _quantiles(fit, rule, ends, seed)
         if not able and rule.name in ("relative", "half", "anchored"):
             found = np.full(3, -np.inf)
             method += "; the base score can't be told from chance"
-        out.append(
-            WindowEstimate(
-                criterion=str(rule), definition=rule.definition, method=method, **_censor(found, data.x), **shared
-            )
-        )
-    return out, _curve(probe, data, fit, ends, seed)
+        text: dict[str, Any] = {"criterion": str(rule), "definition": rule.definition, "method": method}
+        out.append(WindowEstimate(**text, **_censor(found, data.x), **shared))
+    return out
+
+
+def curve_of(fit: Fit, *, confidence: float = 0.95, seed: int = 0, probe: str = "") -> Curve:
+    """The fitted curve with its interval, at 61 lengths over the tested range."""
+    x = np.linspace(fit.data.x[0], fit.data.x[-1], 61)
+    scores = fit.posterior.draw(2000, np.random.default_rng([seed, 9])).scores(x)
+    low, middle, high = np.quantile(scores, _interval(confidence), axis=0)
+    points = tuple(
+        CurvePoint(length=float(2**a), score=float(b), low=float(c), high=float(d))
+        for a, b, c, d in zip(x, middle, low, high, strict=True)
+    )
+    return Curve(probe=probe, chance=fit.data.chance, points=points)
+
+
+def _interval(confidence: float) -> tuple[float, float, float]:
+    """Levels of the lower end, the median and the upper end."""
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1, got {confidence}.")
+    return (1 - confidence) / 2, 0.5, (1 + confidence) / 2
+
+
+def _quantiles(fit: Fit, rule: Criterion, ends: tuple[float, float, float], seed: int) -> tuple[Floats, str]:
+    """Log2 of interval and window, and the method they come from."""
+    if fit.misfit:
+        reason = "the scores do not follow a psychometric curve"
+    elif rule.name in ("absolute", "chance") and rule.value <= fit.data.chance:
+        reason = "the fitted curve never falls to its own chance level"
+    else:
+        return fit.posterior.quantiles(fit.posterior.crossings(rule), ends), "posterior"
+    found = isotonic.crossings(fit.data, rule, seed)
+    low, high = np.quantile(found[1:], (ends[0], ends[2]), method="inverted_cdf")
+    return np.array([min(low, found[0]), found[0], max(high, found[0])]), f"isotonic: {reason}"
 
 
 def _validated(trials: pd.DataFrame) -> pd.DataFrame:
@@ -157,12 +194,6 @@ def _censor(found: Floats, x: Floats) -> dict[str, Any]:
     }
 
 
-def _bootstrap_quantiles(found: Floats, ends: tuple[float, float, float]) -> Floats:
-    """The data's own crossing with the ends of the resamples; infinities are kept."""
-    low, high = np.quantile(found[1:], (ends[0], ends[2]), method="inverted_cdf")
-    return np.array([min(low, found[0]), found[0], max(high, found[0])])
-
-
 def _misfit(data: Cells, fit: Posterior, seed: int) -> bool:
     """Whether scores by length stray further from the curve than the fitted model itself would produce."""
     rng = np.random.default_rng([seed, 7])
@@ -183,14 +214,3 @@ def _misfit(data: Cells, fit: Posterior, seed: int) -> bool:
     seen = ((data.right.sum(axis=0) - asked * mean) ** 2 / noise).sum(axis=1)
     expected = ((again - asked * mean) ** 2 / noise).sum(axis=1)
     return bool((expected >= seen).mean() < _MISFIT)
-
-
-def _curve(probe: str, data: Cells, fit: Posterior, ends: tuple[float, float, float], seed: int) -> Curve:
-    x = np.linspace(data.x[0], data.x[-1], 61)
-    scores = fit.draw(2000, np.random.default_rng([seed, 9])).scores(x)
-    low, middle, high = np.quantile(scores, ends, axis=0)
-    points = tuple(
-        CurvePoint(length=float(2**a), score=float(b), low=float(c), high=float(d))
-        for a, b, c, d in zip(x, middle, low, high, strict=True)
-    )
-    return Curve(probe=probe, chance=data.chance, points=points)

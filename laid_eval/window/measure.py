@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from laid_eval.errors import UserError
-from laid_eval.records import Cost, Curve, ModelInfo, Run, Settings, Trial, WindowEstimate
+from laid_eval.records import Cost, Curve, ModelInfo, Run, Settings, Status, Trial, WindowEstimate
 from laid_eval.runs import append_trials, drop_torn_line, load_header, load_trials, save_header, trial_table
 from laid_eval.window.curve import CRITERIA, Criterion, parse_criterion
-from laid_eval.window.estimate import estimate_windows
+from laid_eval.window.estimate import FEWEST_TRIALS, Fit, curve_of, fit_trials, windows_of
 from laid_eval.window.haystack import Corpus, Haystack, build, check_long_enough, pick_by_depth
 from laid_eval.window.plan import (
     COARSE,
@@ -33,7 +33,6 @@ from laid_eval.window.plan import (
     length_grid,
     refined_cuts,
 )
-from laid_eval.window.posterior import cells, posterior
 from laid_eval.window.probes import Probe
 from laid_eval.window.questions import Question, Story, draw_story
 from laid_eval.window.readers import Asked, Reader
@@ -96,19 +95,26 @@ def measure(
     note = check_long_enough(corpus, state.encode, settings.max_length)
     notes = list(dict.fromkeys([*run.notes, *([note] if note else [])]))
     stops: dict[str, str] = {}
-    header = run.model_copy(update={"status": "partial", "notes": tuple(notes)})
-    save_header(folder, header)
-    finished = False
+    run = run.model_copy(update={"notes": tuple(notes)})
+
+    def save(status: Status = "partial") -> Run:
+        header = _header(run, state, probes, stops, status)
+        save_header(folder, header)
+        return header
+
     try:
+        save()
         for k, probe in enumerate(probes):
             share = (settings.budget - state.used) // (len(probes) - k)
-            stops[probe.name] = _measure_probe(state, probe, state.used + share)
-        finished = True
-    finally:
-        # Also on Ctrl-C or an error: the estimate so far is worth keeping.
-        header = _header(header, state, probes, stops, finished)
-        save_header(folder, header)
-    return header
+            stops[probe.name] = _measure_probe(state, probe, state.used + share, save)
+    except BaseException:
+        # Also on Ctrl-C, in the middle of a haystack: the estimate so far is worth keeping.
+        for probe in probes:
+            if state.trials.get(probe.name):
+                _fit(state, probe)
+        save()
+        raise
+    return save("complete")
 
 
 @dataclass
@@ -124,6 +130,8 @@ class _State:
     seconds: float
     trials: dict[str, list[Trial]] = field(default_factory=dict)
     """By probe, in the order of the plan."""
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """By probe, of the trials so far."""
     prefill: int = 0
     asked: int = 0
     whole: int = 0
@@ -155,8 +163,11 @@ class _State:
         )
 
 
-def _measure_probe(state: _State, probe: Probe, budget: int) -> str:
-    """Read haystacks until the estimate is precise enough or the budget is spent; why it stopped."""
+def _measure_probe(state: _State, probe: Probe, budget: int, save: Callable[[], object]) -> str:
+    """Read haystacks until the estimate is precise enough or the budget is spent; why it stopped.
+
+    `save` is called after every haystack, so that a killed run can be looked at.
+    """
     settings = state.settings
     grid = length_grid(settings.min_length or probe.min_length, settings.max_length)
     state.trials[probe.name] = []
@@ -168,6 +179,21 @@ def _measure_probe(state: _State, probe: Probe, budget: int) -> str:
             return step.stop
         _read_haystack(state, probe, haystack, step.cuts)
         haystack += 1
+        _fit(state, probe)
+        save()
+
+
+def _fit(state: _State, probe: Probe) -> None:
+    """Fit the curve to all trials of a probe and read off the window for the live line."""
+    settings = state.settings
+    table = trial_table(state.trials[probe.name])
+    valid = table[table["score"].notna()]
+    if len(valid) >= FEWEST_TRIALS and valid["length"].nunique() > 1:
+        fit = fit_trials(table, settings.seed)
+        state.fits[probe.name] = fit
+        rule = criteria(settings)[:1]
+        found = windows_of(fit, rule, confidence=settings.confidence, seed=settings.seed, probe=probe.name)
+        state.estimate = found[0]
 
 
 def _next(state: _State, probe: Probe, grid: list[int], haystack: int, budget: int) -> Next:
@@ -178,21 +204,15 @@ def _next(state: _State, probe: Probe, grid: list[int], haystack: int, budget: i
     if haystack < COARSE:
         cuts = coarse_cuts(grid, haystack)
     else:
-        table = trial_table(trials)
-        valid = table[table["score"].notna()]
-        if len(valid) < len(table) / 2:
+        valid = [t for t in trials if t.score is not None]
+        if len(valid) < len(trials) / 2 or state.estimate is None:
             return Next(stop="more than half of the trials failed")
-        fit = posterior(cells(valid))
-        rule = criteria(settings)[0]
-        state.estimate = estimate_windows(
-            table, [rule], confidence=settings.confidence, seed=settings.seed, probe=probe.name
-        )[0][0]
         if haystack >= FEWEST:
             done = _precise_enough(state.estimate, settings)
             if done:
                 return Next(stop=done)
-        cuts = refined_cuts(grid, fit, haystack)
-        if at_chance(valid[valid["length"] == grid[0]]):
+        cuts = refined_cuts(grid, state.fits[probe.name].posterior, haystack)
+        if at_chance(trial_table(t for t in valid if t.length == grid[0])):
             cuts = coarse_cuts(grid, 0)[:2]  # can't do the task even here: a few more cheap looks
     if haystack and state.used + cuts[-1] > budget:
         return Next(stop="the budget is spent")
@@ -334,28 +354,21 @@ def _trial(probe: Probe, asked: Asked, logs: list[float], prompt_tokens: int) ->
     )
 
 
-def _header(run: Run, state: _State, probes: list[Probe], stops: dict[str, str], finished: bool) -> Run:
+def _header(run: Run, state: _State, probes: list[Probe], stops: dict[str, str], status: Status) -> Run:
     """The header with estimates of all that was measured, costs and notes."""
     windows: list[WindowEstimate] = []
     curves: list[Curve] = []
     notes = list(run.notes)
     settings = state.settings
+    confidence, seed = settings.confidence, settings.seed
     for probe in probes:
-        table = trial_table(state.trials.get(probe.name, []))
-        failed = int(table["score"].isna().sum())
+        failed = sum(t.score is None for t in state.trials.get(probe.name, []))
         if failed:
             notes.append(f"{failed} trial(s) of {probe.name} failed and count neither as right nor as wrong")
-        if len(table) - failed < 8 or table[table["score"].notna()]["length"].nunique() < 2:
-            continue
-        found, curve = estimate_windows(
-            table,
-            criteria(settings),
-            confidence=settings.confidence,
-            seed=settings.seed,
-            probe=probe.name,
-        )
-        windows += found
-        curves.append(curve)
+        fit = state.fits.get(probe.name)
+        if fit:
+            windows += windows_of(fit, criteria(settings), confidence=confidence, seed=seed, probe=probe.name)
+            curves.append(curve_of(fit, confidence=confidence, seed=seed, probe=probe.name))
     cost = Cost(
         prefill_tokens=state.prefill,
         question_tokens=state.asked,
@@ -366,7 +379,7 @@ def _header(run: Run, state: _State, probes: list[Probe], stops: dict[str, str],
     )
     return run.model_copy(
         update={
-            "status": "complete" if finished else "partial",
+            "status": status,
             "stopped": stops or None,
             "windows": tuple(windows),
             "curves": tuple(curves),

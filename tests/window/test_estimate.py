@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from laid_eval.errors import UserError
 from laid_eval.window.curve import Criterion, crossing, marginal_width, parse_criterion, score_at
-from laid_eval.window.estimate import estimate_window, estimate_windows
+from laid_eval.window.estimate import estimate_window, fit_trials, windows_of
 from laid_eval.window.posterior import cells, posterior
 
 LENGTHS = [2.0**k for k in np.arange(8, 14.01, 0.5)]
@@ -67,9 +67,9 @@ def test_order_of_rows_and_names_of_haystacks_do_not_matter():
 def test_the_same_input_gives_the_same_estimate_whatever_the_global_seed():
     table = simulate(11.5, spread=0.2)
     np.random.seed(1)  # noqa: NPY002  the point: global state must not matter
-    first = estimate_windows(table, ["relative", "half"])
+    first = windows_of(fit_trials(table), ["relative", "half"])
     np.random.seed(2)  # noqa: NPY002
-    assert estimate_windows(table, ["relative", "half"]) == first
+    assert windows_of(fit_trials(table), ["relative", "half"]) == first
 
 
 def test_more_haystacks_narrow_the_interval_and_more_confidence_widens_it():
