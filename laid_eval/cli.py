@@ -264,7 +264,8 @@ def _live() -> Iterator[tuple[Callable[[Quote], None], _Steps]]:
         stderr.print(
             f"Quote: at most {quote.tokens:,} tokens (contexts up to {quote.max_length:,}), about "
             f"{quote.questions:,} questions, {quote.minutes:.0f} min and {quote.memory_bytes / _GIB:.1f} GiB "
-            "on this machine."
+            "on this machine.",
+            soft_wrap=True,
         )
 
     def update(step: Step) -> None:

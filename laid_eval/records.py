@@ -59,9 +59,9 @@ class WindowEstimate(Record):
     length: float | None
     """The window; `None` when censored."""
     low: float | None
-    """Lower end of the interval; `None` where it lies below the tested range."""
+    """Lower end of the interval, at most `tested_max`; `None` where it lies below the tested range."""
     high: float | None
-    """Upper end of the interval; `None` where it lies above the tested range."""
+    """Upper end of the interval, at least `tested_min`; `None` where it lies above the tested range."""
     unit: Unit = "tokens"
     confidence: float = 0.95
     censored: Censored = "no"
@@ -171,7 +171,7 @@ class Cost(Record):
     """What a measurement took."""
 
     prefill_tokens: int = 0
-    """Tokens of haystacks read."""
+    """Tokens of haystacks read (again for every question where the model can't be forked)."""
     question_tokens: int = 0
     """Tokens of questions and choices put to forks of the cache."""
     whole_prompt_tokens: int = 0

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ from laid_eval.models.frame import Branch
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _LOOSE = 0.25  # nats; half precision rounds differently in differently shaped products
+
+
+class Text(Protocol):
+    """A text read so far, and how it is asked about."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Start with nothing read."""
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Read on."""
+
+    def ask(self, branches: Sequence[Branch]) -> list[list[float]]:
+        """Summed log-probability of every choice of every branch; the text read stays as it was."""
+        ...
 
 
 class ForkedText:

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import beta
 
 from laid_eval.errors import UserError
+from laid_eval.records import WindowEstimate
 from laid_eval.runs import LoadedRun, load_run
 
 if TYPE_CHECKING:
@@ -82,17 +83,22 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
     lengths = trials["length"]
     if claimed and lengths.min() <= claimed <= lengths.max() * 1.1:
         ax.axvline(claimed, color=CLAIMED, lw=1.2, ls="--", label=f"claimed length ({claimed:,})")
-    rows = _criteria_rows(ax, run, name, float(lengths.min()), float(lengths.max()))
+    short, long = float(lengths.min()), float(lengths.max())
+    found = [w for w in run.windows if w.probe == name]
+    windows = [w.length or (short if w.censored == "below" else long) for w in found]
+    # Words go where the windows are not.
+    left = not windows or float(np.mean(np.log(windows))) > float(np.log(short * long)) / 2
+    rows = _criteria_rows(ax, found, short, long, left)
     ax.set_ylim(-_ROW * (rows + 0.9), 1.05)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    _token_axis(ax, float(lengths.min()) / 1.15, float(lengths.max()) * 1.15)
+    _token_axis(ax, short / 1.15, long * 1.15)
     ax.set_ylabel("score")
     ax.set_title(f"{run.header.model.name}: effective context window, probe '{name}'", loc="left", fontsize=11)
     ax.legend(
         fontsize=7.5,
         frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0.0, (rows + 1.5) * _ROW / (1.05 + _ROW * (rows + 0.9))),
+        loc="lower left" if left else "upper right",
+        bbox_to_anchor=(0.0, (rows + 1.5) * _ROW / (1.05 + _ROW * (rows + 0.9))) if left else (1.0, 0.98),
     )
     return ax
 
@@ -166,12 +172,11 @@ def save_figures(run: LoadedRun) -> list[Path]:
     return out
 
 
-def _criteria_rows(ax: Axes, run: LoadedRun, probe: str, shortest: float, longest: float) -> int:
+def _criteria_rows(ax: Axes, found: list[WindowEstimate], short: float, long: float, left: bool) -> int:
     """Below the curve: each criterion's window and interval; open ends are arrows. Returns the number of rows."""
-    found = [w for w in run.windows if w.probe == probe]
     for k, w in enumerate(found):
         y, colour = -_ROW * (k + 0.9), CRITERIA[k % len(CRITERIA)]
-        low, high = w.low or shortest, w.high or longest
+        low, high = w.low or short, w.high or long
         ax.plot([low, high], [y, y], color=colour, lw=3, alpha=0.5, solid_capstyle="butt")
         if w.low is None:
             ax.plot(low, y, marker="<", color=colour, ms=6)
@@ -181,8 +186,9 @@ def _criteria_rows(ax: Axes, run: LoadedRun, probe: str, shortest: float, longes
             ax.plot(w.length, y, marker="|", color=colour, ms=10, mew=2.5)
         ax.annotate(
             f"{w.criterion}:  {w.value_text()} {w.interval_text()}",
-            (0.012, y),
+            (0.012 if left else 0.988, y),
             xycoords=("axes fraction", "data"),
+            ha="left" if left else "right",
             va="center",
             fontsize=7.5,
             color=INK,

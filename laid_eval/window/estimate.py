@@ -183,13 +183,10 @@ def _censor(found: Floats, x: Floats) -> dict[str, Any]:
     bottom, top = float(x[0]) - 1e-6, float(x[-1]) + 1e-6
     censored = "above" if middle > top else "below" if middle < bottom else "no"
 
-    def inside(value: float) -> float | None:
-        return float(2**value) if bottom <= value <= top else None
-
     return {
-        "length": inside(middle),
-        "low": inside(low),
-        "high": inside(high),
+        "length": float(2**middle) if censored == "no" else None,
+        "low": float(2 ** min(low, float(x[-1]))) if low >= bottom else None,
+        "high": float(2 ** max(high, float(x[0]))) if high <= top else None,
         "censored": censored,
     }
 

@@ -142,6 +142,11 @@ class _State:
         self.encode = lru_cache(maxsize=200_000)(self.reader.encode)
 
     @property
+    def forks(self) -> bool:
+        """Whether a haystack is read once, or again for every question."""
+        return not (self.reader.info.fan_out or "").startswith("whole prompts")
+
+    @property
     def used(self) -> int:
         return self.prefill + self.asked
 
@@ -223,9 +228,9 @@ def _precise_enough(estimate: WindowEstimate, settings: Settings) -> str | None:
     octaves = estimate.octaves
     if octaves is not None and octaves <= settings.precision:
         return f"the interval is {octaves:.2f} octaves wide (asked: {settings.precision:g})"
-    if estimate.censored == "below" and estimate.high is None and estimate.low is None:
+    if estimate.low is None and estimate.high == estimate.tested_min:
         return "the window is shorter than the shortest length"
-    if estimate.censored == "above" and estimate.low is None:
+    if estimate.high is None and estimate.low == estimate.tested_max:
         return "the window is longer than the longest length"
     return None
 
@@ -271,7 +276,7 @@ def _read_haystack(state: _State, probe: Probe, haystack: int, cuts: tuple[int, 
             append_trials(state.folder, new)
             state.known |= {trial.id: trial for trial in new}
         state.trials[probe.name] += [state.known[a.id] for a in asked]
-        state.prefill += target - gone
+        state.prefill += target - gone if state.forks else target * len(asked)
         gone = target
         state.asked += sum(reader.question_tokens(a.question) for a in asked)
         state.whole += sum(target + reader.question_tokens(a.question) for a in asked)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from laid_eval.models.fork import ForkedText, WholePrompts, why_not_forked
+from laid_eval.models.fork import ForkedText, Text, WholePrompts, why_not_forked
 from laid_eval.models.frame import Branch, frame_of
 from laid_eval.models.load import LoadedModel
 from laid_eval.window.questions import Question
@@ -18,20 +18,21 @@ from laid_eval.window.readers import Asked
 class ModelReader:
     """Reads with KV fan-out where the model allows it, with whole prompts where it does not."""
 
-    def __init__(self, loaded: LoadedModel, longest: int) -> None:
+    def __init__(self, loaded: LoadedModel, longest: int, protocol: type[Text] | None = None) -> None:
         """Check how the model can be asked.
 
         Args:
             loaded: The model.
             longest: Longest context that will be read, tokens.
+            protocol: How the text is held and asked, to compare; decided by trying by default.
         """
-        reason = why_not_forked(loaded.model, longest)
+        reason = "asked for" if protocol else why_not_forked(loaded.model, longest)
         mode = f"whole prompts: {reason}" if reason else "forked"
         self.info = loaded.info.model_copy(update={"fan_out": mode})
         self._model = loaded.model
         self._frame = frame_of(loaded.tokenizer)
-        self._kind = WholePrompts if reason else ForkedText
-        self._text = self._kind(self._model)
+        self._protocol = protocol or (WholePrompts if reason else ForkedText)
+        self._text = self._protocol(self._model)
         self._branches: dict[Question, Branch] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -49,7 +50,7 @@ class ModelReader:
     def begin(self) -> None:
         """Drop the cache."""
         self._branches.clear()
-        self._text = self._kind(self._model)
+        self._text = self._protocol(self._model)
 
     def read(self, tokens: Sequence[int]) -> None:
         """One chunk."""

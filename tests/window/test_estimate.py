@@ -91,6 +91,8 @@ def test_haystacks_count_as_clusters():
 def test_censoring_is_said_in_words_and_never_a_number():
     above = estimate_window(simulate(20))
     assert (above.censored, above.length, above.high) == ("above", None, None)
+    assert above.low <= 16384
+    assert "256" not in above.interval_text()
     assert above.value_text() == ">16,384"
     below = estimate_window(simulate(5, r=1.0), "half")
     assert (below.censored, below.length, below.low) == ("below", None, None)
@@ -103,7 +105,8 @@ def test_censoring_is_said_in_words_and_never_a_number():
 def test_a_model_at_chance_has_no_window():
     table = simulate(12, r=0.0)
     estimate = estimate_window(table)
-    assert (estimate.censored, estimate.length, estimate.low, estimate.high) == ("below", None, None, None)
+    assert (estimate.censored, estimate.length, estimate.low, estimate.high) == ("below", None, None, 256)
+    assert estimate.interval_text() == "[<256, 256]"
     assert "can't be told from chance" in estimate.method
 
 
