@@ -31,8 +31,10 @@ from laid_eval.window.session import measure_window
 
 
 class PromptPerQuestion:
-    """The peers' protocol, at its best: each question reads its prompt afresh, in one pass, and scores its choices
-    in one more (lm-eval would run the prompt once a choice, RULER would decode up to 128 tokens).
+    """The peers' protocol, at its best: each question reads a prompt of its own.
+
+    One pass for the prompt and one for all choices; lm-eval would run the prompt once a choice, RULER would decode
+    up to 128 tokens.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
