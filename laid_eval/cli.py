@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -55,6 +56,8 @@ def main() -> None:
         app(standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
     except typer.Abort:
         _fail("interrupted", 130)
     except KeyboardInterrupt:
@@ -68,7 +71,7 @@ def main() -> None:
         sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"laid-eval: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -108,7 +111,7 @@ def window(
         float, typer.Option(help="Stop when the interval is this narrow, in octaves (doublings).")
     ] = 0.5,
     budget: Annotated[
-        int | None, typer.Option(help="Stop after this many tokens. Default: 6 x max-length, over all probes.")
+        int | None, typer.Option(help="Stop after this many tokens. Default: 6 x max-length for every probe.")
     ] = None,
     criterion: Annotated[
         str, typer.Option(help="relative, half, absolute, chance or anchored; with a value: relative:0.9.")
@@ -137,7 +140,7 @@ def window(
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Measure readers with known windows instead of a model.")
     ] = False,
-    runs: Annotated[int, typer.Option(help="Runs per kind of reader in the self-check.")] = 300,
+    runs: Annotated[int, typer.Option(min=1, help="Runs per kind of reader in the self-check.")] = 300,
     as_json: Json = False,
 ) -> None:
     """Measure how long a context a model can really use: window, interval, picture, cost."""
@@ -182,7 +185,6 @@ def window(
                 else ""
             )
             _fail(f"interrupted. {kept}".strip(), 130)
-            return
     figures = save_figures(run)
     if as_json:
         document = {"run": str(run.path), **run.header.model_dump(mode="json")}
@@ -288,7 +290,7 @@ def _show(run: LoadedRun, console: Console, files: list[str]) -> None:
     header = run.header
     model = header.model
     size = f", {model.parameters / 1e6:,.0f}M parameters" if model.parameters else ""
-    console.print(f"[bold]{model.name}[/bold] ({model.source}{size})")
+    console.print(f"[bold]{escape(model.name)}[/bold] ({escape(model.source)}{size})")
     console.print(f"claimed length {model.claimed_length or 'unknown'}, {model.dtype} on {model.device}\n")
     for name in header.settings.probes:
         found = [w for w in header.windows if w.probe == name]
@@ -300,7 +302,7 @@ def _show(run: LoadedRun, console: Console, files: list[str]) -> None:
         for column, justify in (
             ("criterion", "left"),
             ("window", "right"),
-            (f"{first.confidence:.0%} interval", "left"),
+            (f"{100 * first.confidence:g}% interval", "left"),
             ("definition", "left"),
         ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -325,8 +327,8 @@ def _show(run: LoadedRun, console: Console, files: list[str]) -> None:
         f"{cost.whole_prompt_tokens:,} tokens ({cost.whole_prompt_tokens / max(read, 1):.0f} times as many)"
     )
     for note in header.notes:
-        console.print(f"note: {note}")
-    console.print(f"run: {run.path} ({', '.join(['run.json', *files])})", soft_wrap=True)
+        console.print(f"note: {escape(note)}")
+    console.print(f"run: {escape(str(run.path))} ({', '.join(['run.json', *files])})", soft_wrap=True)
 
 
 def _self_check(runs: int, seed: int, as_json: bool) -> None:
@@ -336,7 +338,7 @@ def _self_check(runs: int, seed: int, as_json: bool) -> None:
     with _live_check() as advance:
         results = check_all(runs, seed, advance)
     if as_json:
-        print(json.dumps([r.as_dict() for r in results], indent=1))
+        print(json.dumps([r.as_dict() for r in results], indent=1, allow_nan=False))
     else:
         table = Table(box=None, pad_edge=False)
         for column in (

@@ -126,15 +126,15 @@ class ModelInfo(Record):
     """Which model was measured."""
 
     name: str
-    """As the user named it."""
+    """As the user named it; of a folder or file only its own name."""
     source: str
     """What it resolved to: `Hub id@revision`, `local folder`, `GGUF file` or `scripted`."""
     fingerprint: str | None = None
-    """Hash over the configuration and the weights' sizes, to see that two runs mean one model."""
+    """Hash over the configuration and a block of every tensor, to see that two runs mean one model."""
     architecture: str | None = None
     parameters: int | None = None
     claimed_length: int | None = None
-    """`max_position_embeddings` of the configuration (times a rope factor that was asked for)."""
+    """`max_position_embeddings` of the configuration (times a linear or yarn factor that was asked for)."""
     dtype: str | None = None
     device: str | None = None
     rope_scaling: str | None = None
@@ -171,9 +171,9 @@ class Cost(Record):
     """What a measurement took."""
 
     prefill_tokens: int = 0
-    """Tokens of haystacks read (again for every question where the model can't be forked)."""
+    """Tokens of haystacks read into the cache that questions fork from."""
     question_tokens: int = 0
-    """Tokens of questions and choices put to forks of the cache."""
+    """Tokens of all passes that ask: questions with their choices, or whole prompts where nothing can be forked."""
     whole_prompt_tokens: int = 0
     """Tokens that the same questions need when each is put as a whole prompt of its own."""
     seconds: float = 0.0
@@ -209,8 +209,9 @@ class Run(Record):
         Raises:
             KeyError: The run holds no such estimate.
         """
-        wanted = criterion or self.settings.criterion
-        for w in self.windows:
-            if w.probe == probe and wanted in (w.criterion, w.criterion.split()[0]):
+        wanted = (criterion or self.settings.criterion).replace(":", " ")
+        found = [w for w in self.windows if w.probe == probe]
+        for w in [*(w for w in found if w.criterion == wanted), *found]:
+            if wanted in (w.criterion, w.criterion.split()[0]):
                 return w
         raise KeyError(f"no window for probe {probe!r} under criterion {wanted!r}")

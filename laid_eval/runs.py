@@ -94,7 +94,7 @@ def load_header(folder: Path) -> Run:
             f"'{path}' is damaged ({type(error).__name__}). Its trials are in {TRIALS}; "
             "restore the header from a copy, or measure again into another folder."
         ) from None
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(
             f"'{path}' has schema version {version}, this laid-eval reads up to {SCHEMA_VERSION}. Upgrade laid-eval."
         )
@@ -118,7 +118,10 @@ def load_trials(folder: Path) -> list[Trial]:
     path = folder / TRIALS
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is damaged ({error}). Restore it from a copy, or measure again.") from None
     out: dict[str, Trial] = {}
     for number, line in enumerate(lines, start=1):
         if not line:

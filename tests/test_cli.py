@@ -1,7 +1,6 @@
 """The command line as people use it: real processes, exit codes, one clear line for every mistake."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -27,12 +26,22 @@ def run(*words, timeout=300, cwd=None):
         (["window", "--model", "smollm2", "--probe", "nedle"], "Unknown probe 'nedle' (did you mean 'needle'?)"),
         (["window", "--model", "smollm2", "--probe", "none.toml"], "Probe file 'none.toml' can't be read"),
         (["window", "--model", "smollm2", "--haystack", "none.txt"], "Haystack file 'none.txt' can't be read"),
-        (["window", "--model", "smollm2", "--max-length", "100000000"], "--max-length"),
+        (["window", "--model", "smollm2", "--max-length", "100000000"], "needs about"),
         (["window", "--model", "smollm2", "--max-length", "300"], "--max-length 300 is too short"),
         (["window", "--model", "smollm2", "--rope-scaling", "yarm:2"], "--rope-scaling 'yarm:2' is not understood"),
         (["window", "--model", "smollm2", "--dtype", "int3"], "Unknown --dtype 'int3'"),
         (["window", "--model", "smollm2", "--criterion", "haf"], "Unknown criterion 'haf' (did you mean 'half'?)"),
         (["window", "--model", "smollm2", "--anchor", "nowhere"], "'nowhere' is not a run folder"),
+        (["window", "--model", "smollm2", "--max-length", "0"], "--max-length 0 is too short"),
+        (["window", "--model", "smollm2", "--min-length", "-5"], "--min-length must be above 0 tokens, got -5"),
+        (["window", "--model", "smollm2", "--min-length", "64"], "leaves no room for text"),
+        (["window", "--model", "smollm2", "--precision", "inf"], "--precision must lie between 0 and 100 octaves"),
+        (["window", "--model", "smollm2", "--revision", "main"], "--revision is for Hub ids"),
+        (["window", "--model", "smollm2", "--out", "/proc/nowhere"], "--out '/proc/nowhere' can't be written"),
+        (
+            ["window", "--self-check", "--runs", "0"],
+            "Invalid value for '--runs': Input should be greater than or equal to 1",
+        ),
         (["window", "--modle", "x"], "No such option"),
         (["windw"], "No such command"),
     ],
@@ -55,7 +64,7 @@ def test_a_short_haystack_and_a_foreign_folder_are_told(tmp_path):
     done = run(*QUICK, "--haystack", text, "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "Haystack text 'short.txt' is too short: it has" in done.stderr
-    assert not (tmp_path / "run" / "trials.jsonl").exists()
+    assert not (tmp_path / "run").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear")
     done = run(*QUICK, "--out", tmp_path / "other")
@@ -73,7 +82,6 @@ def test_help_has_examples_and_version_is_printed():
     assert done.returncode == 0
     assert "laid-eval window --model smollm2" in done.stdout
     assert run("--version").stdout.strip().count(".") == 2
-    assert run().returncode in (0, 2)
 
 
 @pytest.mark.parametrize("command", ["models", "probes"])
@@ -160,7 +168,3 @@ def test_a_finished_run_answers_at_once(whole):
     assert time.monotonic() - started < 30
     assert "Quote" not in done.stderr
     assert "relative 0.85" in done.stdout
-
-
-def test_no_hub_is_asked_when_told_not_to():
-    assert os.environ["HF_HUB_OFFLINE"] == "1"

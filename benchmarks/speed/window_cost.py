@@ -55,6 +55,10 @@ class PromptPerQuestion:
             out += prompt.ask([branch])
         return out
 
+    def pass_tokens(self, branch: Branch, read: int) -> int:
+        """The prompt, then the choices on its cache."""
+        return read + len(branch.stem) + sum(len(ending) - 1 for ending in branch.endings)
+
 
 def measure(side: str, folder: str, max_length: int, budget: int) -> dict[str, Any]:
     """One side, in this process."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from laid_eval.errors import UserError
-from laid_eval.models.load import Described
+from laid_eval.models.load import Described, load_failure
 from laid_eval.models.source import quiet
 
 _GIB = 1024**3
@@ -52,11 +52,22 @@ class Rate:
     attention: float
 
 
+def _empty(described: Described) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"), quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            described.config, trust_remote_code=described.trust_remote_code
+        )
+    return model
+
+
 def shape_of(described: Described) -> Shape:
     """Sizes from the configuration; parameters counted on a model without memory."""
     text = described.text_config
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(described.config, trust_remote_code=described.trust_remote_code)
+    try:
+        model = _empty(described)
+    except Exception as error:  # a configuration that describes no causal language model of the library
+        raise UserError(load_failure(described.source, error)) from None
     heads = getattr(text, "num_attention_heads", 1)
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -77,10 +88,12 @@ def free_memory(device: torch.device) -> int:
     free = int(psutil.virtual_memory().available)
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
-        used = (_CGROUP / "memory.current").read_text().strip()
-    except OSError:
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    # File pages that nobody uses are counted as used, but go when memory is needed.
+    return free if limit == "max" else min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
 
 
 def needed_memory(shape: Shape, length: int, chunk: int) -> int:

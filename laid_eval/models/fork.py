@@ -46,6 +46,10 @@ class Text(Protocol):
         """Summed log-probability of every choice of every branch; the text read stays as it was."""
         ...
 
+    def pass_tokens(self, branch: Branch, read: int) -> int:
+        """Tokens that go through the model to ask a branch when `read` tokens were read."""
+        ...
+
 
 class ForkedText:
     """A text read so far, as a key-value cache that questions fork from."""
@@ -78,6 +82,10 @@ class ForkedText:
         self._cache.crop(-len(pack.ids))
         return pack.collect(logits)
 
+    def pass_tokens(self, branch: Branch, read: int) -> int:
+        """The stem once, and every choice but its last token."""
+        return len(branch.stem) + sum(len(ending) - 1 for ending in branch.endings)
+
 
 class WholePrompts:
     """The same, asked with a whole prompt per question: the slow way that every model can go."""
@@ -95,6 +103,10 @@ class WholePrompts:
     def ask(self, branches: Sequence[Branch]) -> list[list[float]]:
         """Summed log-probability of every choice of every branch."""
         return [self._ask(branch) for branch in branches]
+
+    def pass_tokens(self, branch: Branch, read: int) -> int:
+        """The whole prompt, again for every choice that starts otherwise (its last token is only predicted)."""
+        return sum(read + len(branch.stem) + len(given) for given in {ending[:-1] for ending in branch.endings})
 
     def _ask(self, branch: Branch) -> list[float]:
         logs: dict[tuple[int, ...], Tensor] = {}

@@ -33,6 +33,7 @@ class Described:
     device: torch.device
     rope_scaling: str | None
     trust_remote_code: bool
+    allow_pickle: bool = False
 
     @property
     def text_config(self) -> PreTrainedConfig:
@@ -74,6 +75,7 @@ def describe(
     device: str = "auto",
     rope_scaling: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Described:
     """Read the configuration and settle type, device and rope scaling.
 
@@ -83,6 +85,7 @@ def describe(
         device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
         rope_scaling: `yarn:2`, `linear:2` or `dynamic:2`.
         trust_remote_code: Run model code that comes with the checkpoint.
+        allow_pickle: Load pickled weights where there are no others.
 
     Raises:
         UserError: Not a causal language model, remote code needed, or an option that can't be had.
@@ -90,8 +93,8 @@ def describe(
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(_load_failure(source, error)) from None
+    except Exception as error:  # whatever a broken checkpoint makes the library raise
+        raise UserError(load_failure(source, error)) from None
     _refuse_non_causal(source, config)
     where = _device(device)
     if dtype == "auto":
@@ -103,7 +106,7 @@ def describe(
         raise UserError(f"Unknown --dtype {dtype!r}. Allowed: auto, {', '.join(DTYPES)}.")
     if rope_scaling:
         scale_rope(config, rope_scaling)
-    return Described(source, config, kind, where, rope_scaling, trust_remote_code)
+    return Described(source, config, kind, where, rope_scaling, trust_remote_code, allow_pickle)
 
 
 def load(described: Described) -> LoadedModel:
@@ -121,10 +124,11 @@ def load(described: Described) -> LoadedModel:
                 config=described.config,
                 dtype=described.dtype,
                 trust_remote_code=described.trust_remote_code,
+                use_safetensors=None if described.allow_pickle else True,
             )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        raise UserError(_load_failure(source, error)) from None
-    torch.nn.Module.to(model, described.device)
+        torch.nn.Module.to(model, described.device)
+    except Exception as error:  # whatever a broken checkpoint makes the library raise
+        raise UserError(load_failure(source, error)) from None
     model.eval()
     refuse_if_not_causal(source.name, model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -133,7 +137,7 @@ def load(described: Described) -> LoadedModel:
 
 
 def scale_rope(config: PreTrainedConfig, text: str) -> None:
-    """Change a configuration as `yarn:2` says; the claimed length grows by the factor.
+    """Change a configuration as `yarn:2` says; the claimed length grows by the factor (not for `dynamic`).
 
     Raises:
         UserError: Unknown kind, no factor above 1, or a model without rotary embeddings.
@@ -183,6 +187,8 @@ def refuse_if_not_causal(name: str, model: PreTrainedModel) -> None:
     with torch.inference_mode():
         first = model(tokens, use_cache=False).logits[0, :-1].float()
         second = model(changed, use_cache=False).logits[0, :-1].float()
+    if not torch.isfinite(first).all():
+        raise UserError(f"Model {name!r} gives scores that are not finite; try --dtype float32 or bfloat16.")
     if not torch.allclose(first, second, rtol=0, atol=1e-4 * float(first.abs().max())):
         raise UserError(
             f"Model {name!r} sees later tokens: it is an encoder. A window is measured on causal language models."
@@ -209,15 +215,16 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device is None or not known.get(device.type, False):
-        there = [kind for kind, present in known.items() if present]
+    known = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device is None or (device.index or 0) >= known.get(device.type, 0):
+        there = [kind for kind, count in known.items() if count]
         raise UserError(f"--device {name!r} can't be had here. Allowed: auto, {', '.join(there)}.")
     return device
 
 
-def _load_failure(source: Source, error: Exception) -> str:
-    text = " ".join(str(error).split())
+def load_failure(source: Source, error: Exception) -> str:
+    """One line on why a model can't be loaded."""
+    text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return f"Model {source.name!r} needs code that comes with it. If you trust its authors: --trust-remote-code."
     return f"Model {source.name!r} can't be loaded: {text[:240]}"

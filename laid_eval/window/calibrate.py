@@ -39,7 +39,7 @@ FAMILIES = (
     Family("yes/no", ScriptedReader(location=12.0, width=0.3), choices=2),
     Family("four-way", ScriptedReader(location=11.0, width=0.4), choices=4),
     Family("haystacks differ", ScriptedReader(location=12.3, width=0.2, spread=0.3)),
-    Family("correlated answers", ScriptedReader(location=12.3, width=0.3, correlation=0.1)),
+    Family("correlated answers", ScriptedReader(location=12.3, width=0.3, correlation=0.05)),
 )
 
 
@@ -69,8 +69,9 @@ class Calibration:
         return bool(0.92 - slack <= self.coverage <= 0.98 + slack and self.median_error < self.error_bound)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "in_bounds": self.in_bounds}
+        """Plain values, for JSON; what is infinite (censored or open) is `None`."""
+        values = {k: None if v in (np.inf, -np.inf) else v for k, v in asdict(self).items()}
+        return {**values, "in_bounds": self.in_bounds}
 
 
 def planted_window(family: Family, shortest: int, criterion: str = "relative") -> float:

@@ -161,7 +161,7 @@ def _validated(trials: pd.DataFrame) -> pd.DataFrame:
     if missing:
         raise UserError(f"The trials lack the column(s) {', '.join(missing)}; needed are {', '.join(COLUMNS)}.")
     valid = trials[trials["score"].notna()]
-    for column, low, high in (("score", 0, 1), ("chance", 0, 1), ("length", 1, np.inf)):
+    for column, low, high in (("score", 0, 1), ("chance", 0, 0.99), ("length", 1, np.inf)):
         numbers = valid[column].to_numpy(dtype=float)
         if len(numbers) and not ((numbers >= low) & (numbers <= high)).all():
             raise UserError(f"Column {column!r} must lie between {low} and {high}.")
@@ -171,6 +171,9 @@ def _validated(trials: pd.DataFrame) -> pd.DataFrame:
             f"A window needs at least {FEWEST_TRIALS} valid trials at 2 lengths; "
             f"given were {len(valid)} trials at {lengths} length(s)."
         )
+    if "probe" in valid.columns and valid["probe"].nunique() > 1:
+        names = ", ".join(sorted(valid["probe"].unique()))
+        raise UserError(f"The trials are of several probes ({names}); estimate each by itself.")
     if valid["chance"].nunique() > 1:
         raise UserError("The trials mix chance levels; estimate each kind of question by itself.")
     return valid

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,12 +183,17 @@ def build(
 
 
 def pick_by_depth(depths: Sequence[float], strata: int, rng: np.random.Generator) -> list[int]:
-    """Indices of at most one entry in each of `strata` equal slices of depth, so that depths are covered evenly."""
-    edges = np.arange(1, strata) / strata
-    members: dict[int, list[int]] = {}
-    for i, depth in enumerate(depths):
-        members.setdefault(bisect_right(edges, depth), []).append(i)
-    return [int(rng.choice(members[s])) for s in sorted(members)]
+    """Indices of one entry in each of as many equal slices of depth as can all be filled, at most `strata`.
+
+    No slice is left empty, so every depth is asked equally often at every length.
+    """
+    for count in range(min(strata, len(depths)), 0, -1):
+        members: list[list[int]] = [[] for _ in range(count)]
+        for i, depth in enumerate(depths):
+            members[min(int(depth * count), count - 1)].append(i)
+        if all(members):
+            return [int(rng.choice(slice_)) for slice_ in members]
+    return []
 
 
 def _digest(texts: Sequence[str]) -> str:

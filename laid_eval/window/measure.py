@@ -37,6 +37,8 @@ from laid_eval.window.probes import Probe
 from laid_eval.window.questions import Question, Story, draw_story
 from laid_eval.window.readers import Asked, Reader
 
+_LEAST_TEXT = 64  # tokens of haystack in the shortest context
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -93,9 +95,10 @@ def measure(
     known = {trial.id: trial for trial in load_trials(folder)}
     state = _State(reader, corpus, settings, folder, known, progress, seconds=run.cost.seconds)
     note = check_long_enough(corpus, state.encode, settings.max_length)
-    notes = list(dict.fromkeys([*run.notes, *([note] if note else [])]))
+    for probe in probes:
+        _check_room(state, probe)
     stops: dict[str, str] = {}
-    run = run.model_copy(update={"notes": tuple(notes)})
+    run = run.model_copy(update={"notes": (*run.notes, *([note] if note else []))})
 
     def save(status: Status = "partial") -> Run:
         header = _header(run, state, probes, stops, status)
@@ -107,12 +110,12 @@ def measure(
         for k, probe in enumerate(probes):
             share = (settings.budget - state.used) // (len(probes) - k)
             stops[probe.name] = _measure_probe(state, probe, state.used + share, save)
-    except BaseException:
-        # Also on Ctrl-C, in the middle of a haystack: the estimate so far is worth keeping.
+    except BaseException as error:
+        # In the middle of a haystack too: the estimate so far is worth keeping.
         for probe in probes:
             if state.trials.get(probe.name):
                 _fit(state, probe)
-        save()
+        save("partial" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     return save("complete")
 
@@ -210,8 +213,10 @@ def _next(state: _State, probe: Probe, grid: list[int], haystack: int, budget: i
         cuts = coarse_cuts(grid, haystack)
     else:
         valid = [t for t in trials if t.score is not None]
-        if len(valid) < len(trials) / 2 or state.estimate is None:
+        if len(valid) < len(trials) / 2:
             return Next(stop="more than half of the trials failed")
+        if state.estimate is None:
+            return Next(stop=f"{COARSE} haystacks gave fewer than {FEWEST_TRIALS} answers or only one length")
         if haystack >= FEWEST:
             done = _precise_enough(state.estimate, settings)
             if done:
@@ -219,7 +224,10 @@ def _next(state: _State, probe: Probe, grid: list[int], haystack: int, budget: i
         cuts = refined_cuts(grid, state.fits[probe.name].posterior, haystack)
         if at_chance(trial_table(t for t in valid if t.length == grid[0])):
             cuts = coarse_cuts(grid, 0)[:2]  # can't do the task even here: a few more cheap looks
-    if haystack and state.used + cuts[-1] > budget:
+    # Asking costs little where a haystack is read once, and nearly everything where each question reads it again.
+    places = {(t.haystack, t.length) for t in trials}
+    expected = cuts[-1] if state.forks else len(trials) / max(len(places), 1) * sum(cuts)
+    if haystack and state.used + expected > budget:
         return Next(stop="the budget is spent")
     return Next(cuts=tuple(cuts))
 
@@ -235,6 +243,24 @@ def _precise_enough(estimate: WindowEstimate, settings: Settings) -> str | None:
     return None
 
 
+def _room(reader: Reader, story: Story) -> int:
+    """Tokens kept free after the haystack for the longest question and choice."""
+    everything = story.questions(range(len(story.statements)), np.random.default_rng(0))
+    return max(reader.question_tokens(q) for q in everything) + 8
+
+
+def _check_room(state: _State, probe: Probe) -> None:
+    """Refuse a shortest length that the chat frame and the question fill by themselves."""
+    shortest = state.settings.min_length or probe.min_length
+    story = draw_story(probe, np.random.default_rng(0))
+    taken = len(state.reader.opening(probe.instruction)) + _room(state.reader, story)
+    if shortest - taken < _LEAST_TEXT:
+        raise UserError(
+            f"A context of {shortest} tokens leaves no room for text: the frame and the question of probe "
+            f"{probe.name!r} take {taken}. Use --min-length {taken + 2 * _LEAST_TEXT}."
+        )
+
+
 def _read_haystack(state: _State, probe: Probe, haystack: int, cuts: tuple[int, ...]) -> None:
     """Read one haystack and ask at each cut point, until two successive lengths are at chance."""
     settings, reader = state.settings, state.reader
@@ -242,53 +268,44 @@ def _read_haystack(state: _State, probe: Probe, haystack: int, cuts: tuple[int, 
     rng = np.random.default_rng(stream)
     story = draw_story(probe, rng)
     opening = reader.opening(probe.instruction)
-    everything = story.questions(range(len(story.statements)), np.random.default_rng(0))
-    room = max(reader.question_tokens(q) for q in everything) + 8
+    room = _room(reader, story)
     own = [cut - len(opening) - room for cut in cuts]
-    if own[0] < 64:
-        raise UserError(
-            f"A context of {cuts[0]} tokens leaves no room for text: the frame and the question of probe "
-            f"{probe.name!r} take {cuts[0] - own[0]}. Use --min-length {cuts[0] - own[0] + 128}."
-        )
     text = build(state.corpus, story.statements, own, state.encode, rng)
     tokens = [*opening, *text.tokens]
     read = 0  # tokens the reader holds; stays behind while trials come from disk
     begun = False
     gone = 0
-    failing = 0
+    before = 0
     for cut, end in zip(cuts, own, strict=True):
         asked = _choose(probe, story, text, haystack, cut, end, np.random.default_rng([*stream, cut]))
-        missing = [a for a in asked if a.id not in state.known]
         target = len(opening) + end
-        if missing:
+        if any(a.id not in state.known for a in asked):
             started = time.perf_counter()
             if not begun:
                 reader.begin()
                 begun = True
             # The chunks are those of an uninterrupted run, so resuming changes no rounding.
-            for at, to in _chunks(_ends(cuts, own, len(opening)), settings.chunk):
+            for at, to in _chunks([len(opening) + to for to in own], settings.chunk):
                 if read <= at < target:
                     reader.read(tokens[at:to])
                     read = to
                     state.report(probe.name, haystack, to, len(tokens), to - gone)
-            new = _trials(probe, missing, reader.ask(missing), target, reader)
+            # All of them, also where a kill lost only some: a pass of another shape would round differently.
+            answered = _trials(probe, asked, reader.ask(asked), target, reader)
             state.seconds += time.perf_counter() - started
+            new = [trial for trial in answered if trial.id not in state.known]
             append_trials(state.folder, new)
             state.known |= {trial.id: trial for trial in new}
         state.trials[probe.name] += [state.known[a.id] for a in asked]
-        state.prefill += target - gone if state.forks else target * len(asked)
+        state.prefill += target - gone if state.forks else 0
         gone = target
-        state.asked += sum(reader.question_tokens(a.question) for a in asked)
+        state.asked += sum(reader.pass_tokens(a.question, target) for a in asked)
         state.whole += sum(target + reader.question_tokens(a.question) for a in asked)
         state.report(probe.name, haystack, target, len(tokens))
-        here = [t for t in state.trials[probe.name] if t.length == cut]
-        failing = failing + 1 if at_chance(trial_table(here)) else 0
-        if failing >= 2:
+        lately = [t for t in state.trials[probe.name] if t.length in (before, cut)]
+        if before and at_chance(trial_table(lately)):
             return
-
-
-def _ends(cuts: tuple[int, ...], own: list[int], opening: int) -> list[int]:
-    return [opening + end for end in own[: len(cuts)]]
+        before = cut
 
 
 def _chunks(ends: list[int], size: int) -> list[tuple[int, int]]:
@@ -414,7 +431,7 @@ def resumable(folder: Path, settings: Settings, model: ModelInfo) -> Run | None:
     pairs = [
         (f"settings.{name}", value, getattr(settings, name)) for name, value in earlier.settings if name not in stops
     ]
-    identity = ("name", "fingerprint", "dtype", "rope_scaling")
+    identity = ("fingerprint", "dtype", "rope_scaling")
     pairs += [(f"model.{name}", getattr(earlier.model, name), getattr(model, name)) for name in identity]
     for name, old, new in pairs:
         if old != new:

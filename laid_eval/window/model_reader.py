@@ -47,6 +47,10 @@ class ModelReader:
         """Tokens of the question, the frame after it, the lead and the longest choice."""
         return self._branch(question).longest
 
+    def pass_tokens(self, question: Question, read: int) -> int:
+        """Tokens of the pass over a fork, or of the whole prompts."""
+        return self._text.pass_tokens(self._branch(question), read)
+
     def begin(self) -> None:
         """Drop the cache."""
         self._branches.clear()

@@ -12,6 +12,9 @@ from laid_eval.records import ModelInfo, Settings
 from laid_eval.window.model_reader import ModelReader
 from laid_eval.window.session import Quote
 
+QUESTIONS = 60
+"""Roughly, per longest context read: haystacks stop before it, with five cut points of about nine questions."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -38,7 +41,7 @@ class Prepared:
         return Quote(
             max_length=settings.max_length,
             tokens=settings.budget,
-            questions=round(full * 1.5 * 5 * 6),
+            questions=round(full * QUESTIONS),
             minutes=seconds / 60,
             memory_bytes=needed_memory(self.shape, settings.max_length, settings.chunk),
         )
@@ -60,6 +63,6 @@ def prepare(
     allow_pickle: bool,
 ) -> Prepared:
     """Find a model and read its configuration. Arguments as for `measure_window`."""
-    source = resolve(name, revision, allow_pickle)
-    described = describe(source, dtype, device, rope_scaling, trust_remote_code)
+    source = resolve(name, revision, allow_pickle, trust_remote_code)
+    described = describe(source, dtype, device, rope_scaling, trust_remote_code, allow_pickle)
     return Prepared(described, shape_of(described))

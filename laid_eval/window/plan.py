@@ -17,7 +17,7 @@ from laid_eval.window.posterior import Posterior
 
 PER_OCTAVE = 4
 STRATA = 12
-"""Slices of depth asked at each cut point."""
+"""Most slices of depth asked at each cut point."""
 COARSE = 2
 """Haystacks of the first look."""
 FEWEST = 8

@@ -18,7 +18,7 @@ from laid_eval.window.curve import Criterion, Floats, crossing, marginal_width, 
 
 # Octaves by which haystacks may differ in their own window. 0 is the case of independent questions.
 SPREADS = np.array([0.0, 0.08, 0.16, 0.3, 0.5])
-SPREAD_PRIOR = np.exp(-0.5 * (SPREADS / 0.35) ** 2)
+SPREAD_PRIOR = np.exp(-SPREADS / 0.3)
 # Width: 1 octave of scale is a fall over four octaves; 0.04 is a cliff.
 WIDTHS = np.geomspace(0.04, 1.4, 13)
 WIDTH_PRIOR = np.exp(-0.5 * (np.log(WIDTHS / 0.3) / 0.9) ** 2)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -61,12 +62,17 @@ class FactsProbe(Declared):
     @model_validator(mode="after")
     def _check(self) -> FactsProbe:
         if self.answers:
-            if len(self.answers) < len(self.kinds):
-                raise ValueError("shared answers: at least one per kind is needed")
+            _answers(self.answers, "answers", len(self.kinds))
             if self.first < self.choices:
-                raise ValueError("shared answers: `first` must be at least `choices`")
-        elif any(len(set(kind.answers)) < self.choices for kind in self.kinds):
-            raise ValueError("every kind needs at least `choices` different answers")
+                raise ValueError("with shared answers `first` must be at least `choices`")
+        else:
+            for kind in self.kinds:
+                _answers(kind.answers, "kinds.answers", self.choices)
+        if len(self.kinds) < self.first + self.choices // 2:
+            raise ValueError(
+                f"`kinds`: {len(self.kinds)} are too few; beside the `first` {self.first}, which lie at the start, at "
+                f"least {self.choices // 2} more are needed to reach all depths"
+            )
         _placeholders((kind.fact for kind in self.kinds), "fact", {"answer"})
         return self
 
@@ -83,8 +89,9 @@ class KeysProbe(Declared):
 
     @model_validator(mode="after")
     def _check(self) -> KeysProbe:
-        if len(self.values) < len(self.keys):
-            raise ValueError("at least as many values as keys are needed")
+        _answers(self.values, "values", len(self.keys))
+        if len(set(self.keys)) < len(self.keys):
+            raise ValueError("`keys` must all be different")
         if not self.choices <= self.first <= len(self.keys):
             raise ValueError("`first` must lie between `choices` and the number of keys")
         _placeholders([self.fact], "fact", {"key", "value"})
@@ -110,8 +117,7 @@ class ChainsProbe(Declared):
 
     @model_validator(mode="after")
     def _check(self) -> ChainsProbe:
-        if len(self.values) < self.chains:
-            raise ValueError("at least as many values as chains are needed")
+        _answers(self.values, "values", self.chains)
         if not self.choices <= self.first <= self.chains:
             raise ValueError("`first` must lie between `choices` and `chains`")
         _placeholders([self.start], "start", {"name", "value"})
@@ -141,8 +147,10 @@ class CountsProbe(Declared):
 
     @model_validator(mode="after")
     def _check(self) -> CountsProbe:
-        if any(len(set(theme.words)) < self.choices for theme in self.themes):
-            raise ValueError("every theme needs at least `choices` different words")
+        if not self.themes:
+            raise ValueError("`themes` must hold at least one")
+        for theme in self.themes:
+            _answers(theme.words, "themes.words", max(self.choices, 4))
         _placeholders((theme.fact for theme in self.themes), "fact", {"answer"})
         return self
 
@@ -157,11 +165,28 @@ _VARIANTS: dict[str, type[Declared]] = {
 }
 
 
-def _placeholders(texts: Any, field: str, names: set[str]) -> None:
+def _placeholders(texts: Iterable[str], field: str, names: set[str]) -> None:
+    """Every text holds exactly these placeholders."""
     for text in texts:
-        for name in names:
-            if "{" + name + "}" not in text:
-                raise ValueError(f"`{field}` must contain {{{name}}}, got {text!r}")
+        found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+        if found != names:
+            wanted = " and ".join("{" + name + "}" for name in sorted(names))
+            raise ValueError(f"`{field}` must contain {wanted} and no other placeholder, got {text!r}")
+
+
+def _answers(answers: Sequence[str], field: str, least: int) -> None:
+    """Answers that can be told apart: enough, all different, none the start of another.
+
+    A choice that starts another is never less probable than it, whatever the model knows.
+    """
+    for a in answers:
+        if answers.count(a) > 1:
+            raise ValueError(f"`{field}` holds {a!r} twice")
+        for b in answers:
+            if a != b and b.startswith(a):
+                raise ValueError(f"`{field}` holds {a!r} and {b!r}; no answer may be the start of another")
+    if len(answers) < least:
+        raise ValueError(f"`{field}` needs at least {least} different answers, got {len(answers)}")
 
 
 def probe_names() -> list[str]:
@@ -215,8 +240,9 @@ def probe_hash(probe: Probe) -> str:
 
 def _explain(content: dict[str, Any], error: ValidationError) -> str:
     """One line for the first problem pydantic found."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in _VARIANTS]
+    # A misspelt field shows twice, as one too many and as one missing; the first can be named.
+    first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
+    where = [str(part) for part in first["loc"][1:]]  # the first part is the task
     field = ".".join(where)
     if first["type"] == "union_tag_not_found":
         return f"field 'task' is missing. Allowed: {', '.join(_VARIANTS)}."
@@ -224,8 +250,8 @@ def _explain(content: dict[str, Any], error: ValidationError) -> str:
         given = str(content.get("task"))
         return f"unknown task {given!r}{nearest(given, _VARIANTS)}. Allowed: {', '.join(_VARIANTS)}."
     if first["type"] == "extra_forbidden":
-        models: list[type[BaseModel]] = [_VARIANTS[str(content["task"])], Kind, Theme]
-        owner = models[0] if len(where) == 1 else models[1 if where[0] == "kinds" else 2]
+        variant: type[BaseModel] = _VARIANTS[str(content["task"])]
+        owner = variant if len(where) == 1 else Kind if where[0] == "kinds" else Theme
         allowed = list(owner.model_fields)
         return f"unknown field {field!r}{nearest(where[-1], allowed)}. Allowed: {', '.join(allowed)}."
     if first["type"] == "missing":

@@ -49,6 +49,10 @@ class Reader(Protocol):
         """Tokens after the haystack, longest choice included."""
         ...
 
+    def pass_tokens(self, question: Question, read: int) -> int:
+        """Tokens that go through the model to ask a question when `read` tokens were read."""
+        ...
+
     def begin(self) -> None:
         """Forget everything read."""
         ...
@@ -108,6 +112,10 @@ class ScriptedReader:
     def question_tokens(self, question: Question) -> int:
         """Words of question, lead and one choice."""
         return len(self.encode(question.prompt)) + len(self.encode(question.lead)) + 1
+
+    def pass_tokens(self, question: Question, read: int) -> int:
+        """As on a fork that runs every choice."""
+        return self.question_tokens(question)
 
     def begin(self) -> None:
         """Nothing is kept."""

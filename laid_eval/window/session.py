@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +26,9 @@ CHUNK = 512
 REACH = 1.5
 """Default longest context, in claimed lengths: far enough to see the window end."""
 BUDGET = 6
-"""Default budget, in longest contexts."""
+"""Default budget, in longest contexts a probe."""
+WHOLE = 8
+"""So many times as much by default where each question needs a whole prompt."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def measure_window(
         anchor: Run folder of the model whose base score `anchored` refers to.
         confidence: Mass of the interval.
         precision: Stop when the interval is this narrow, octaves.
-        budget: Stop when this many tokens went through the model, over all probes. Default: 6 x `max_length`.
+        budget: Stop when this many tokens went through the model, over all probes. Default: 6 x `max_length` x
+            the number of probes; 8 times that for models that can only be asked with whole prompts.
         seed: Of texts, facts and questions. Equal seeds give two models equal questions.
         revision: Of a Hub id.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
@@ -118,24 +122,47 @@ def measure_window(
         prepared.check_memory(longest, CHUNK)
         if announce:
             announce(prepared.quote(settings))
-    loaded, seconds = make(longest)
-    run = run or Run(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        status="partial",
-        model=loaded.info,
-        settings=settings,
-        environment=environment(),
-        notes=_notes(loaded.info),
-    )
-    cost = run.cost.model_copy(update={"load_seconds": round(seconds, 2)})
-    run = run.model_copy(update={"settings": settings, "cost": cost})
-    folder.mkdir(parents=True, exist_ok=True)
-    measure(loaded, probes, corpus, run, folder, progress)
+    made = _make_folder(folder)
+    try:
+        loaded, seconds = make(longest)
+        if budget is None and (loaded.info.fan_out or "").startswith("whole prompts"):
+            settings = settings.model_copy(update={"budget": WHOLE * settings.budget})
+        run = _start(run, loaded.info, settings, seconds)
+        measure(loaded, probes, corpus, run, folder, progress)
+    finally:
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()  # nothing was measured
     return load_run(folder)
 
 
+def _start(run: Run | None, info: ModelInfo, settings: Settings, load_seconds: float) -> Run:
+    """The header to go on from: a new one, or that of an earlier session."""
+    run = run or Run(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        status="partial",
+        model=info,
+        settings=settings,
+        environment=environment(),
+    )
+    cost = run.cost.model_copy(update={"load_seconds": round(load_seconds, 2)})
+    return run.model_copy(update={"settings": settings, "cost": cost, "notes": _notes(info)})
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make the run folder before anything expensive is done; what was made, innermost first."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out '{folder}' can't be written: {error.strerror}. Choose another folder.") from None
+    return made
+
+
 def _max_length(info: ModelInfo, asked: int | None) -> int:
-    if asked:
+    if asked is not None:
         return asked
     if not info.claimed_length:
         raise UserError(f"Model {info.name!r} states no maximum length; say how far to look: --max-length 8192.")
@@ -155,7 +182,9 @@ def _settings(
     seed: int,
 ) -> Settings:
     for probe in probes:
-        shortest = min_length or probe.min_length
+        shortest = probe.min_length if min_length is None else min_length
+        if shortest < 1:
+            raise UserError(f"--min-length must be above 0 tokens, got {shortest}.")
         if longest < 2 * shortest:
             raise UserError(
                 f"--max-length {longest} is too short: probe {probe.name!r} starts at {shortest} tokens and needs "
@@ -163,9 +192,9 @@ def _settings(
             )
     if not 0 < confidence < 1:
         raise UserError(f"--confidence must lie between 0 and 1, got {confidence}.")
-    if not precision > 0:
-        raise UserError(f"--precision must be above 0 octaves, got {precision}.")
-    tokens = budget if budget is not None else BUDGET * longest
+    if not 0 < precision < 100:
+        raise UserError(f"--precision must lie between 0 and 100 octaves, got {precision}.")
+    tokens = budget if budget is not None else BUDGET * longest * len(probes)
     if tokens < longest:
         raise UserError(
             f"--budget {tokens} does not reach the longest context once ({longest} tokens). Give more, or a smaller "
@@ -174,7 +203,7 @@ def _settings(
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must lie between 0 and {2**32 - 1}, got {seed}.")
     base = _anchor_share(anchor, probes) if anchor else None
-    parse_criterion(criterion, base)
+    rule = parse_criterion(criterion, base)
     return Settings(
         probes=tuple(probe.name for probe in probes),
         probe_hashes={probe.name: probe_hash(probe) for probe in probes},
@@ -182,7 +211,7 @@ def _settings(
         haystack_hash=corpus.hash,
         min_length=min_length,
         max_length=longest,
-        criterion=criterion,
+        criterion=f"{rule.name}:{rule.value:g}",
         anchor=base,
         confidence=confidence,
         precision=precision,
@@ -221,7 +250,7 @@ def _folder(out: str | Path | None, info: ModelInfo) -> Path:
 def _finished(run: Run, settings: Settings) -> bool:
     """Complete, and asked for nothing more than it was complete for."""
     old = run.settings
-    return run.status == "complete" and (old.budget, old.precision) == (settings.budget, settings.precision)
+    return run.status == "complete" and settings.budget <= old.budget and settings.precision >= old.precision
 
 
 def _notes(info: ModelInfo) -> tuple[str, ...]:

@@ -120,6 +120,35 @@ def test_a_folder_without_a_model_or_with_a_broken_one(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(UserError, match="can't be loaded"):
         describe(resolve(str(tmp_path)))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="is not a model's configuration"):
+        resolve(str(tmp_path))
+
+
+def test_weights_that_are_not_the_models_do_not_open_the_door_to_pickled_ones(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "mixed")
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "extra.safetensors")
+    with pytest.raises(UserError, match="only pickled ones"):
+        resolve(str(folder))
+    (folder / "model-of-another.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="can't be loaded"):
+        load(describe(resolve(str(folder)), device="cpu"))
+
+
+def test_configurations_of_no_causal_model_are_told(tmp_path, checkpoint):
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="can't be loaded"):
+        shape_of(describe(resolve(str(tmp_path))))
+
+
+def test_records_hold_no_path_of_this_machine(checkpoint):
+    info = describe(resolve(str(checkpoint))).info
+    assert str(checkpoint.parent) not in info.model_dump_json()
+    assert info.name == checkpoint.name
 
 
 TINY_BERT = {

@@ -27,7 +27,7 @@ def simulate(t, w=0.3, r=1.0, chance=0.125, haystacks=12, n=6, spread=0.0, seed=
 
 @pytest.mark.parametrize("name", ["relative", "half", "absolute:0.7", "chance"])
 def test_a_planted_window_is_recovered_under_every_criterion(name):
-    """Calibration proper is in `test_calibrate`; here the four criteria, on ten data sets each."""
+    """Calibration proper is the self-check; here the four criteria, on ten data sets each."""
     rule = parse_criterion(name)
     truth = 2 ** float(crossing(rule, np.array(12.5), np.array(0.3), np.array(0.95), 0.125, 8.0))
     found = [estimate_window(simulate(12.5, r=0.95, haystacks=20, seed=seed), name) for seed in range(10)]
@@ -160,6 +160,8 @@ def test_failed_trials_count_neither_as_right_nor_as_wrong():
         (lambda t: t.assign(length=0), r"Column 'length' must lie between 1 and inf"),
         (lambda t: t.head(5), r"at least 8 valid trials at 2 lengths; given were 5 trials at 1"),
         (lambda t: t.assign(chance=[0.1, 0.2] * (len(t) // 2)), r"mix chance levels"),
+        (lambda t: t.assign(chance=1.0), r"Column 'chance' must lie between 0 and 0.99"),
+        (lambda t: t.assign(probe=["a", "b"] * (len(t) // 2)), r"are of several probes \(a, b\)"),
     ],
 )
 def test_tables_that_cannot_be_estimated(change, message):

@@ -39,6 +39,40 @@ def test_the_estimate_of_a_run_is_that_of_its_trials(tmp_path):
     assert again == run.window()
 
 
+def test_a_smaller_budget_leaves_a_finished_run_as_it_is(tmp_path):
+    first = measure_window(READER, out=tmp_path / "run", **OPTIONS)
+    again = measure_window(READER, out=tmp_path / "run", **{**OPTIONS, "budget": 9000, "precision": 0.5})
+    assert again.header == first.header
+
+
+def test_a_criterion_of_ones_own_can_be_looked_up_and_anchored_to(tmp_path):
+    run = measure_window(READER, out=tmp_path / "run", criterion="relative:0.9", **OPTIONS)
+    assert run.window().criterion == "relative 0.9"
+    assert run.window(criterion="relative:0.85").criterion == "relative 0.85"
+    assert run.window(criterion="relative:0.85").length > run.window().length
+    measure_window(READER, out=tmp_path / "b", criterion="anchored", anchor=run.path, **OPTIONS)
+
+
+def test_readers_that_cannot_be_forked_are_counted_and_stopped_by_what_they_really_read(tmp_path):
+    class Whole(ScriptedReader):
+        @property
+        def info(self):
+            return super().info.model_copy(update={"fan_out": "whole prompts: to test"})
+
+        def pass_tokens(self, question, read):
+            return read + self.question_tokens(question)
+
+    reader = Whole(location=10.5, width=0.3)
+    run = measure_window(reader, out=tmp_path / "run", max_length=4096)
+    cost = run.header.cost
+    assert cost.prefill_tokens == 0
+    assert cost.question_tokens == cost.whole_prompt_tokens
+    assert run.header.settings.budget == 8 * 6 * 4096
+    assert cost.question_tokens < run.header.settings.budget
+    assert run.window().haystacks >= 3
+    assert any("asked with whole prompts: to test" in note for note in run.header.notes)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.45, 0.9])
 def test_a_killed_run_resumes_to_the_same_result_bit_for_bit(tmp_path, share):
     whole = measure_window(READER, out=tmp_path / "whole", **OPTIONS)
@@ -179,10 +213,13 @@ def test_trials_do_not_depend_on_what_else_is_measured(tmp_path):
         ),
         ({"max_length": 8192, "budget": 10}, r"--budget 10 does not reach the longest context once \(8192 tokens\)"),
         ({"confidence": 1.5}, r"--confidence must lie between 0 and 1, got 1\.5"),
-        ({"precision": 0}, r"--precision must be above 0 octaves"),
+        ({"precision": 0}, r"--precision must lie between 0 and 100 octaves, got 0"),
         ({"seed": -1}, r"--seed must lie between 0 and 4294967295, got -1"),
         ({"criterion": "anchored"}, r"pass the run folder of that model with --anchor"),
-        ({"min_length": 64}, r"leaves no room for text: the frame and the question of probe 'needle' take"),
+        (
+            {"min_length": 64},
+            r"A context of 64 tokens leaves no room for text: the frame and the question of probe 'needle' take",
+        ),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, options, message):

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
+from transformers import AutoModelForCausalLM
 
 from laid_eval import measure_window
 from laid_eval.window.haystack import build, load_corpus
@@ -57,6 +59,43 @@ def test_with_the_haystack_it_finds_needles(reader):
         right += score(reader.ask([Asked("", q, 0, 0, None) for q in questions]), questions)
         total += len(questions)
     assert right / total > 0.9
+
+
+def _families():
+    from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+    tiny = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "pad_token_id": 2,
+            "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    return {
+        "llama": LlamaConfig(**tiny),
+        "qwen2": Qwen2Config(**tiny),
+        "qwen3": Qwen3Config(**tiny, head_dim=8),
+        "gemma3": Gemma3TextConfig(**tiny, head_dim=8, sliding_window=64),
+        "mistral-sliding": MistralConfig(**tiny, sliding_window=64),
+        "phi3": Phi3Config(**tiny),
+        "llama-dynamic": LlamaConfig(
+            **tiny, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", _families())
+def test_any_causal_model_is_measured_from_a_local_folder(family, smollm2, tmp_path):
+    """Random models know nothing: at chance, censored below, and the run says how it was asked."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(_families()[family]).save_pretrained(tmp_path / family)
+    smollm2.tokenizer.save_pretrained(tmp_path / family)
+    run = measure_window(
+        str(tmp_path / family),
+        out=tmp_path / "run",
+        device="cpu",
+        max_length=640,
+        budget=2000 if "dyn" not in family else None,
+    )
+    assert run.window().censored == "below"
+    assert (run.header.model.fan_out == "forked") == (family != "llama-dynamic")
+    assert run.header.cost.question_tokens > 0
 
 
 @pytest.mark.slow

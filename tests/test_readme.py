@@ -1,0 +1,89 @@
+"""The README is true: its commands run, its code runs, and its table is that of the run it shows."""
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+from rich.console import Console
+
+import laid_eval
+from laid_eval.cli import _show
+from laid_eval.window.probes import load_probe, probe_names
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORT = ["--max-length", "2300", "--budget", "2300"]  # the long commands, cut short; nothing else is changed
+
+
+def block(mark, language):
+    return re.search(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, re.S).group(1)
+
+
+COMMANDS = [line.split("#")[0].strip() for line in block("tested", "bash").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs(command, tmp_path):
+    program, *words = shlex.split(command)
+    assert program == ".venv/bin/laid-eval"
+    if words[0] == "window":
+        words += SHORT
+    done = subprocess.run(
+        [sys.executable, "-m", "laid_eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_code_runs(tmp_path, monkeypatch):
+    (tmp_path / "reports").symlink_to(ROOT / "reports")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block("tested: python", "python"), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "planted" / "run.json").is_file()
+
+
+def test_the_probe_of_the_readme_works(tmp_path):
+    file = tmp_path / "planets.toml"
+    file.write_text(block("tested: probe", "toml"))
+    assert load_probe(str(file)).name == "planets"
+    reader = laid_eval.ScriptedReader(location=11)
+    run = laid_eval.measure_window(reader, str(file), out=tmp_path / "run", max_length=4096)
+    assert run.trials["chance"].eq(0.25).all()
+
+
+def test_the_table_is_that_of_the_run_it_shows():
+    run = laid_eval.load_run(ROOT / "reports" / "smollm2-window")
+    out = io.StringIO()
+    _show(run, Console(file=out, width=110, highlight=False), ["trials.jsonl", "window.png", "depth.png"])
+    shown = block("run: reports/smollm2-window", "console").split("\n", 1)[1]
+    tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("run:")]
+    given = [line.rstrip() for line in shown.splitlines() if not line.startswith("run:")]
+    assert given == tidy
+
+
+def test_the_run_it_shows_is_what_the_issue_of_the_tool_promises():
+    run = laid_eval.load_run(ROOT / "reports" / "smollm2-window")
+    window = run.window("needle")
+    assert (window.censored, run.header.settings.max_length) == ("no", 12288)
+    again = laid_eval.estimate_window(run.trials, probe="needle")
+    assert (again.length, again.low, again.high) == pytest.approx((window.length, window.low, window.high), rel=1e-6)
+    assert {"window.png", "depth.png"} <= {p.name for p in run.path.iterdir()}
+
+
+def test_probes_and_words_of_the_readme_are_complete():
+    for name in probe_names():
+        assert f"| `{name}` |" in README
+    for criterion in ("relative", "half", "absolute", "chance", "anchored"):
+        assert f"| `{criterion}`" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
