@@ -21,25 +21,39 @@ from laid_eval.window.readers import ScriptedReader
 
 @dataclass(frozen=True)
 class Family:
-    """Readers of one kind; each is measured many times."""
+    """Readers of one kind, around the one given; each is measured once."""
 
     name: str
     reader: ScriptedReader
     choices: int = 8
     max_length: int = 16384
 
+    def draw(self, seed: int) -> ScriptedReader:
+        """A reader of this family: half an octave around its location, other widths and lapses.
+
+        One fixed reader would test one point of the prior, where an interval may be right by luck.
+        """
+        rng = np.random.default_rng([seed, 6])
+        return replace(
+            self.reader,
+            location=self.reader.location + rng.uniform(-0.5, 0.5),
+            width=self.reader.width * float(np.exp(rng.normal(0, 0.35))),
+            lapse=self.reader.lapse + rng.uniform(0, 0.1),
+            seed=seed,
+        )
+
 
 FAMILIES = (
-    Family("typical", ScriptedReader(location=12.4, width=0.3)),
-    Family("cliff", ScriptedReader(location=12.9, width=0.05)),
-    Family("gradual", ScriptedReader(location=12.0, width=0.5, lapse=0.05)),
-    Family("lapsing", ScriptedReader(location=12.0, width=0.3, lapse=0.25)),
-    Family("short window", ScriptedReader(location=9.6, width=0.3)),
-    Family("long context", ScriptedReader(location=15.6, width=0.3), max_length=131072),
-    Family("yes/no", ScriptedReader(location=12.0, width=0.3), choices=2),
-    Family("four-way", ScriptedReader(location=11.0, width=0.4), choices=4),
-    Family("haystacks differ", ScriptedReader(location=12.3, width=0.2, spread=0.3)),
-    Family("correlated answers", ScriptedReader(location=12.3, width=0.3, correlation=0.05)),
+    Family("typical", ScriptedReader(location=12.4, width=0.3, lapse=0.0)),
+    Family("cliff", ScriptedReader(location=12.6, width=0.05, lapse=0.0)),
+    Family("gradual", ScriptedReader(location=12.0, width=0.5, lapse=0.0)),
+    Family("lapsing", ScriptedReader(location=12.0, width=0.25, lapse=0.2)),
+    Family("short window", ScriptedReader(location=10.0, width=0.25, lapse=0.0)),
+    Family("long context", ScriptedReader(location=15.4, width=0.3, lapse=0.0), max_length=131072),
+    Family("yes/no", ScriptedReader(location=12.0, width=0.3, lapse=0.0), choices=2),
+    Family("four-way", ScriptedReader(location=11.0, width=0.35, lapse=0.0), choices=4),
+    Family("haystacks differ", ScriptedReader(location=12.2, width=0.2, lapse=0.0, spread=0.3)),
+    Family("correlated answers", ScriptedReader(location=12.2, width=0.3, lapse=0.0, correlation=0.05)),
 )
 
 
@@ -58,7 +72,7 @@ class Calibration:
     trials: float
     """Mean number of questions."""
     planted: float
-    """The planted window, tokens."""
+    """The median of the planted windows, tokens."""
     error_bound: float
     """What the median error must stay under: 0.15 octave, 0.25 for yes/no questions."""
 
@@ -74,9 +88,9 @@ class Calibration:
         return {**values, "in_bounds": self.in_bounds}
 
 
-def planted_window(family: Family, shortest: int, criterion: str = "relative") -> float:
-    """Log2 of the window that the family's reader really has, on average over haystacks."""
-    reader, g = family.reader, 1 / family.choices
+def planted_window(reader: ScriptedReader, choices: int, shortest: int, criterion: str = "relative") -> float:
+    """Log2 of the window that a reader really has, on average over haystacks."""
+    g = 1 / choices
     width = marginal_width(np.array(max(reader.width, 1e-6)), np.array(reader.spread))
     r = np.array((1 - reader.lapse - g) / (1 - g))
     rule = parse_criterion(criterion)
@@ -84,12 +98,14 @@ def planted_window(family: Family, shortest: int, criterion: str = "relative") -
 
 
 def calibrate(family: Family, runs: int, trials: int, seed: int = 0) -> Calibration:
-    """Measure one family's reader `runs` times, `trials` questions each, and compare with the plant."""
+    """Measure `runs` readers of a family, `trials` questions each, and compare with what was planted."""
     probe = _probe(family.choices)
-    truth = planted_window(family, probe.min_length)
-    inside, errors, widths, counts = 0, [], [], []
+    inside, errors, widths, counts, plants = 0, [], [], [], []
     for k in range(runs):
-        run = measure_scripted(replace(family.reader, seed=seed + k), probe, family.max_length, trials, seed + k)
+        reader = family.draw(seed + k)
+        truth = planted_window(reader, family.choices, probe.min_length)
+        plants.append(2**truth)
+        run = measure_scripted(reader, probe, family.max_length, trials, seed + k)
         w = run.windows[0]
         low = np.log2(w.low) if w.low else -np.inf
         high = np.log2(w.high) if w.high else np.inf
@@ -104,7 +120,7 @@ def calibrate(family: Family, runs: int, trials: int, seed: int = 0) -> Calibrat
         median_error=float(np.median(errors)),
         median_width=float(np.median(widths)),
         trials=float(np.mean(counts)),
-        planted=2**truth,
+        planted=float(np.median(plants)),
         error_bound=0.25 if family.choices == 2 else 0.15,
     )
 

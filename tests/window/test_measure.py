@@ -25,7 +25,7 @@ def without_times(run):
 def test_a_planted_window_is_measured_within_its_interval(tmp_path):
     run = measure_window(READER, out=tmp_path / "run", **OPTIONS)
     window = run.window()
-    truth = 2 ** planted_window(Family("", READER), 256)
+    truth = 2 ** planted_window(READER, 8, 256)
     assert window.low < truth < window.high
     assert window.censored == "no"
     assert run.header.status == "complete"
@@ -273,7 +273,7 @@ def test_intervals_cover_the_plant(name):
 def test_the_calibration_can_fail(monkeypatch):
     """Against a plant that is not there it must say so."""
     family = Family("moved", ScriptedReader(location=12.0, width=0.3))
-    monkeypatch.setattr("laid_eval.window.calibrate.planted_window", lambda *_: planted_window(family, 256) + 0.7)
+    monkeypatch.setattr("laid_eval.window.calibrate.planted_window", lambda *args: planted_window(*args) + 0.7)
     result = calibrate(family, runs=10, trials=200)
     assert result.coverage < 0.5
     assert not result.in_bounds
