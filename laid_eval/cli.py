@@ -22,7 +22,7 @@ from laid_eval.errors import UserError
 
 if TYPE_CHECKING:
     from laid_eval.runs import LoadedRun
-    from laid_eval.window.measure import Progress as Step
+    from laid_eval.window.reading import Progress as Step
     from laid_eval.window.session import Quote
 
 app = typer.Typer(

@@ -7,26 +7,18 @@ estimate, bit for bit, as a run that was never stopped.
 
 from __future__ import annotations
 
-import math
-import time
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from laid_eval.errors import UserError
-from laid_eval.records import Cost, Curve, ModelInfo, Run, Settings, Status, Trial, WindowEstimate
-from laid_eval.runs import append_trials, drop_torn_line, load_header, load_trials, save_header, trial_table
+from laid_eval.records import Cost, Curve, ModelInfo, Run, Settings, Status, WindowEstimate
+from laid_eval.runs import drop_torn_line, load_header, load_trials, save_header, trial_table
 from laid_eval.window.curve import CRITERIA, Criterion, parse_criterion
-from laid_eval.window.estimate import FEWEST_TRIALS, Fit, curve_of, fit_trials, windows_of
-from laid_eval.window.haystack import Corpus, Haystack, build, check_long_enough, pick_by_depth
+from laid_eval.window.estimate import FEWEST_TRIALS, curve_of, fit_trials, windows_of
+from laid_eval.window.haystack import Corpus, check_long_enough
 from laid_eval.window.plan import (
     COARSE,
     FEWEST,
-    STRATA,
     Next,
     at_chance,
     coarse_cuts,
@@ -34,28 +26,8 @@ from laid_eval.window.plan import (
     refined_cuts,
 )
 from laid_eval.window.probes import Probe
-from laid_eval.window.questions import Question, Story, draw_story
-from laid_eval.window.readers import Asked, Reader
-
-_LEAST_TEXT = 64  # tokens of haystack in the shortest context
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a measurement stands, for a live line."""
-
-    folder: Path
-    probe: str
-    haystack: int
-    length: int
-    """Tokens of the present haystack read so far."""
-    longest: int
-    """Tokens the present haystack will reach."""
-    used: int
-    """Tokens gone through the model in this measurement."""
-    budget: int
-    questions: int
-    estimate: WindowEstimate | None
+from laid_eval.window.readers import Reader
+from laid_eval.window.reading import Progress, State, check_room, read_haystack
 
 
 def criteria(settings: Settings) -> list[Criterion]:
@@ -93,10 +65,10 @@ def measure(
     drop_torn_line(folder)
     settings = run.settings
     known = {trial.id: trial for trial in load_trials(folder)}
-    state = _State(reader, corpus, settings, folder, known, progress, seconds=run.cost.seconds)
+    state = State(reader, corpus, settings, folder, known, progress, seconds=run.cost.seconds)
     note = check_long_enough(corpus, state.encode, settings.max_length)
     for probe in probes:
-        _check_room(state, probe)
+        check_room(state, probe)
     stops: dict[str, str] = {}
     run = run.model_copy(update={"notes": (*run.notes, *([note] if note else []))})
 
@@ -120,58 +92,7 @@ def measure(
     return save("complete")
 
 
-@dataclass
-class _State:
-    """What grows while measuring."""
-
-    reader: Reader
-    corpus: Corpus
-    settings: Settings
-    folder: Path
-    known: dict[str, Trial]
-    progress: Callable[[Progress], None]
-    seconds: float
-    trials: dict[str, list[Trial]] = field(default_factory=dict)
-    """By probe, in the order of the plan."""
-    fits: dict[str, Fit] = field(default_factory=dict)
-    """By probe, of the trials so far."""
-    prefill: int = 0
-    asked: int = 0
-    whole: int = 0
-    estimate: WindowEstimate | None = None
-
-    def __post_init__(self) -> None:
-        # Sentences recur in many haystacks; tokenizing each once is most of the cost of building them.
-        self.encode = lru_cache(maxsize=200_000)(self.reader.encode)
-
-    @property
-    def forks(self) -> bool:
-        """Whether a haystack is read once, or again for every question."""
-        return not (self.reader.info.fan_out or "").startswith("whole prompts")
-
-    @property
-    def used(self) -> int:
-        return self.prefill + self.asked
-
-    def report(self, probe: str, haystack: int, length: int, longest: int, ahead: int = 0) -> None:
-        """Tell where things stand; `ahead` tokens are read but not yet accounted for."""
-        count = sum(len(trials) for trials in self.trials.values())
-        self.progress(
-            Progress(
-                self.folder,
-                probe,
-                haystack,
-                length,
-                longest,
-                self.used + ahead,
-                self.settings.budget,
-                count,
-                self.estimate,
-            )
-        )
-
-
-def _measure_probe(state: _State, probe: Probe, budget: int, save: Callable[[], object]) -> str:
+def _measure_probe(state: State, probe: Probe, budget: int, save: Callable[[], object]) -> str:
     """Read haystacks until the estimate is precise enough or the budget is spent; why it stopped.
 
     `save` is called after every haystack, so that a killed run can be looked at.
@@ -185,13 +106,13 @@ def _measure_probe(state: _State, probe: Probe, budget: int, save: Callable[[], 
         step = _next(state, probe, grid, haystack, budget)
         if step.stop:
             return step.stop
-        _read_haystack(state, probe, haystack, step.cuts)
+        read_haystack(state, probe, haystack, step.cuts)
         haystack += 1
         _fit(state, probe)
         save()
 
 
-def _fit(state: _State, probe: Probe) -> None:
+def _fit(state: State, probe: Probe) -> None:
     """Fit the curve to all trials of a probe and read off the window for the live line."""
     settings = state.settings
     table = trial_table(state.trials[probe.name])
@@ -204,7 +125,7 @@ def _fit(state: _State, probe: Probe) -> None:
         state.estimate = found[0]
 
 
-def _next(state: _State, probe: Probe, grid: list[int], haystack: int, budget: int) -> Next:
+def _next(state: State, probe: Probe, grid: list[int], haystack: int, budget: int) -> Next:
     settings = state.settings
     trials = state.trials[probe.name]
     if settings.max_trials and len(trials) >= settings.max_trials:
@@ -243,140 +164,7 @@ def _precise_enough(estimate: WindowEstimate, settings: Settings) -> str | None:
     return None
 
 
-def _room(reader: Reader, story: Story) -> int:
-    """Tokens kept free after the haystack for the longest question and choice."""
-    everything = story.questions(range(len(story.statements)), np.random.default_rng(0))
-    return max(reader.question_tokens(q) for q in everything) + 8
-
-
-def _check_room(state: _State, probe: Probe) -> None:
-    """Refuse a shortest length that the chat frame and the question fill by themselves."""
-    shortest = state.settings.min_length or probe.min_length
-    story = draw_story(probe, np.random.default_rng(0))
-    taken = len(state.reader.opening(probe.instruction)) + _room(state.reader, story)
-    if shortest - taken < _LEAST_TEXT:
-        raise UserError(
-            f"A context of {shortest} tokens leaves no room for text: the frame and the question of probe "
-            f"{probe.name!r} take {taken}. Use --min-length {taken + 2 * _LEAST_TEXT}."
-        )
-
-
-def _read_haystack(state: _State, probe: Probe, haystack: int, cuts: tuple[int, ...]) -> None:
-    """Read one haystack and ask at each cut point, until two successive lengths are at chance."""
-    settings, reader = state.settings, state.reader
-    stream = [settings.seed, zlib.crc32(probe.name.encode()), haystack]
-    rng = np.random.default_rng(stream)
-    story = draw_story(probe, rng)
-    opening = reader.opening(probe.instruction)
-    room = _room(reader, story)
-    own = [cut - len(opening) - room for cut in cuts]
-    text = build(state.corpus, story.statements, own, state.encode, rng)
-    tokens = [*opening, *text.tokens]
-    read = 0  # tokens the reader holds; stays behind while trials come from disk
-    begun = False
-    gone = 0
-    before = 0
-    for cut, end in zip(cuts, own, strict=True):
-        asked = _choose(probe, story, text, haystack, cut, end, np.random.default_rng([*stream, cut]))
-        target = len(opening) + end
-        if any(a.id not in state.known for a in asked):
-            started = time.perf_counter()
-            if not begun:
-                reader.begin()
-                begun = True
-            # The chunks are those of an uninterrupted run, so resuming changes no rounding.
-            for at, to in _chunks([len(opening) + to for to in own], settings.chunk):
-                if read <= at < target:
-                    reader.read(tokens[at:to])
-                    read = to
-                    state.report(probe.name, haystack, to, len(tokens), to - gone)
-            # All of them, also where a kill lost only some: a pass of another shape would round differently.
-            answered = _trials(probe, asked, reader.ask(asked), target, reader)
-            state.seconds += time.perf_counter() - started
-            new = [trial for trial in answered if trial.id not in state.known]
-            append_trials(state.folder, new)
-            state.known |= {trial.id: trial for trial in new}
-        state.trials[probe.name] += [state.known[a.id] for a in asked]
-        state.prefill += target - gone if state.forks else 0
-        gone = target
-        state.asked += sum(reader.pass_tokens(a.question, target) for a in asked)
-        state.whole += sum(target + reader.question_tokens(a.question) for a in asked)
-        state.report(probe.name, haystack, target, len(tokens))
-        lately = [t for t in state.trials[probe.name] if t.length in (before, cut)]
-        if before and at_chance(trial_table(lately)):
-            return
-        before = cut
-
-
-def _chunks(ends: list[int], size: int) -> list[tuple[int, int]]:
-    """Spans of at most `size` tokens that never cross a cut point."""
-    out, at = [], 0
-    for end in ends:
-        while at < end:
-            to = min(at + size, end)
-            out.append((at, to))
-            at = to
-    return out
-
-
-def _choose(
-    probe: Probe, story: Story, text: Haystack, haystack: int, cut: int, end: int, rng: np.random.Generator
-) -> list[Asked]:
-    """The questions at one cut point: one in each slice of depth, or all where depth has no meaning."""
-    questions = story.questions(text.read(end), rng)
-    depths = [_depth(q, text, end) for q in questions]
-    placed = [i for i, depth in enumerate(depths) if depth is not None]
-    if placed:
-        chosen = pick_by_depth([depths[i] or 0.0 for i in placed], STRATA, rng)
-        keep = [placed[i] for i in chosen]
-    else:
-        keep = list(range(len(questions)))
-    return [
-        Asked(f"{probe.name}/{haystack}/{cut}/{questions[i].item}", questions[i], haystack, cut, depths[i])
-        for i in keep
-    ]
-
-
-def _depth(question: Question, text: Haystack, end: int) -> float | None:
-    if question.needle is None:
-        return None
-    span = text.spans[question.needle]
-    if span is None:
-        raise AssertionError("a question was asked about a statement that was not planted")
-    return (span[0] + span[1]) / 2 / end
-
-
-def _trials(probe: Probe, asked: list[Asked], answers: list[list[float]], prefix: int, reader: Reader) -> list[Trial]:
-    return [
-        _trial(probe, a, logs, prefix + reader.question_tokens(a.question))
-        for a, logs in zip(asked, answers, strict=True)
-    ]
-
-
-def _trial(probe: Probe, asked: Asked, logs: list[float], prompt_tokens: int) -> Trial:
-    question = asked.question
-    valid = all(math.isfinite(value) for value in logs)
-    best = max(logs) if valid else 0.0
-    winners = [i for i, value in enumerate(logs) if value == best]
-    right = logs[question.answer]
-    wrong = max(value for i, value in enumerate(logs) if i != question.answer)
-    return Trial(
-        id=asked.id,
-        probe=probe.name,
-        haystack=asked.haystack,
-        length=asked.length,
-        prompt_tokens=prompt_tokens,
-        depth=None if asked.depth is None else round(asked.depth, 4),
-        score=(question.answer in winners) / len(winners) if valid else None,
-        chance=question.chance,
-        margin=right - wrong if valid else None,
-        answer=question.choices[question.answer],
-        chosen=question.choices[winners[0]] if valid else None,
-        error=None if valid else "the model gave a log-probability that is not finite",
-    )
-
-
-def _header(run: Run, state: _State, probes: list[Probe], stops: dict[str, str], status: Status) -> Run:
+def _header(run: Run, state: State, probes: list[Probe], stops: dict[str, str], status: Status) -> Run:
     """The header with estimates of all that was measured, costs and notes."""
     windows: list[WindowEstimate] = []
     curves: list[Curve] = []

@@ -17,9 +17,10 @@ from laid_eval.records import ModelInfo, Run, Settings
 from laid_eval.runs import LoadedRun, load_run
 from laid_eval.window.curve import parse_criterion
 from laid_eval.window.haystack import Corpus, load_corpus
-from laid_eval.window.measure import Progress, measure, resumable
+from laid_eval.window.measure import measure, resumable
 from laid_eval.window.probes import Probe, load_probes, probe_hash
 from laid_eval.window.readers import Reader
+from laid_eval.window.reading import Progress
 
 CHUNK = 512
 """Tokens per forward pass while reading: more is hardly faster and takes more memory."""

@@ -9,8 +9,8 @@ import pytest
 
 from laid_eval import ScriptedReader, UserError, estimate_window, load_run, measure_window
 from laid_eval.window.calibrate import FAMILIES, Family, calibrate, planted_window
-from laid_eval.window.measure import _chunks
 from laid_eval.window.plan import at_chance, coarse_cuts, length_grid
+from laid_eval.window.reading import _chunks
 
 READER = ScriptedReader(location=11.5, width=0.3, spread=0.1)
 OPTIONS = {"max_length": 8192, "budget": 40_000, "precision": 0.3}
