@@ -7,7 +7,7 @@ READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -
 .PHONY: help install window test lint self-check bench-speed clean
 
 help:
-	@echo "make window      measure the context window of SmolLM2-135M (about 8 minutes on two cores)"
+	@echo "make window      measure the context window of SmolLM2-135M (about 7 minutes on two cores)"
 	@echo "make test        lint, types and tests, the real model included"
 	@echo "make self-check  measure readers with known windows, 300 runs of each kind"
 	@echo "make bench-speed one prefill for many questions against one prompt per question"
@@ -25,7 +25,7 @@ window: install
 	$(BIN)/laid-eval window --model smollm2 --out $(RUN)
 
 test: install lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
