@@ -1,4 +1,4 @@
-"""Long-context evaluation and diagnostics for language and vision-language models.
+"""Long-context evaluation and diagnostics for language models.
 
 The names below are the stable interface; everything else is private. Each is imported when it is first used, so
 that `laid-eval --help` loads neither torch nor matplotlib, and reading runs needs no torch.
@@ -6,7 +6,7 @@ that `laid-eval --help` loads neither torch nor matplotlib, and reading runs nee
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
+    if name == "__version__":
+        return metadata.version("laid-eval")
     if name not in _HOMES:
         raise AttributeError(f"module 'laid_eval' has no attribute {name!r}")
     if name == "plot":

@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 stderr = Console(stderr=True, highlight=False)
 _GIB = 1024**3
+_PROGRAM = 0.5  # GiB that Python, torch and the tokenizer take beside the model
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
 
@@ -263,10 +264,10 @@ def _live() -> Iterator[tuple[Callable[[Quote], None], _Steps]]:
     task = bar.add_task("loading", total=None, estimate="")
 
     def announce(quote: Quote) -> None:
+        minutes = f"{quote.minutes:.0f}" if quote.minutes > 1 else "1"
         stderr.print(
-            f"Quote: at most {quote.tokens:,} tokens (contexts up to {quote.max_length:,}), about "
-            f"{quote.questions:,} questions, {quote.minutes:.0f} min and {quote.memory_bytes / _GIB:.1f} GiB "
-            "on this machine.",
+            f"Quote: up to about {quote.tokens:,} tokens (contexts up to {quote.max_length:,}), {quote.questions:,} "
+            f"questions, {minutes} min and {quote.memory_bytes / _GIB + _PROGRAM:.1f} GiB on this machine.",
             soft_wrap=True,
         )
 
@@ -311,10 +312,12 @@ def _show(run: LoadedRun, console: Console, files: list[str]) -> None:
             table.add_row(w.criterion, w.value_text(), w.interval_text(), w.definition, style=style)
         console.print(f"[bold]probe {name}[/bold]: effective context window in {first.unit}")
         console.print(table)
+        plural = "" if first.haystacks == 1 else "s"
         effect = f", design effect {first.design_effect:.2f}" if first.design_effect else ""
         console.print(
             f"base score {first.base_score:.2f} [{first.base_low:.2f}, {first.base_high:.2f}], chance "
-            f"{first.chance:.3g}; {first.trials} questions on {first.haystacks} haystacks{effect}; {first.method}"
+            f"{first.chance:.3g}; {first.trials} questions on {first.haystacks} haystack{plural}"
+            f"{effect}; method: {first.method}"
         )
         if header.stopped and name in header.stopped:
             console.print(f"stopped because {header.stopped[name]}")

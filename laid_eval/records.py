@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from laid_eval.errors import UserError
+
 SCHEMA_VERSION = 1
 
 Unit = Literal["tokens", "images"]
@@ -207,11 +209,12 @@ class Run(Record):
         """The estimate of a probe under a criterion (default: the one the run was measured for).
 
         Raises:
-            KeyError: The run holds no such estimate.
+            UserError: The run holds no such estimate.
         """
         wanted = (criterion or self.settings.criterion).replace(":", " ")
         found = [w for w in self.windows if w.probe == probe]
         for w in [*(w for w in found if w.criterion == wanted), *found]:
             if wanted in (w.criterion, w.criterion.split()[0]):
                 return w
-        raise KeyError(f"no window for probe {probe!r} under criterion {wanted!r}")
+        held = ", ".join(f"{w.probe} ({w.criterion})" for w in self.windows) or "none"
+        raise UserError(f"The run holds no window of probe {probe!r} under criterion {wanted!r}; it holds: {held}.")

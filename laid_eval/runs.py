@@ -85,7 +85,10 @@ def load_header(folder: Path) -> Run:
     """
     path = folder / HEADER
     if not path.is_file():
-        raise UserError(f"'{folder}' is not a run folder: it holds no {HEADER}. Pass the folder that --out named.")
+        raise UserError(
+            f"'{folder}' is not a run folder: it holds no {HEADER}. "
+            "Name the folder of a run, or for --out a new or empty one."
+        )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         version = document["schema_version"]

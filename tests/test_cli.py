@@ -116,7 +116,7 @@ def test_json_is_one_document_and_everything_else_goes_to_stderr(whole):
     assert [w["criterion"].split()[0] for w in document["windows"]] == ["relative", "half", "absolute", "chance"]
     assert document["windows"][0]["base_score"] > 0.9, "the real model finds needles in short texts"
     assert document["cost"]["peak_memory_bytes"] < 3 * 1024**3
-    assert "Quote: at most 1,536 tokens" in done.stderr
+    assert "Quote: up to about 1,536 tokens" in done.stderr
     assert "effective context window in tokens" in done.stderr
     assert {p.name for p in folder.iterdir()} == {"run.json", "trials.jsonl", "window.png", "depth.png"}
 

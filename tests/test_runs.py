@@ -57,7 +57,7 @@ def test_every_field_of_every_record_is_explained_or_obvious():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"is not a run folder: it holds no run\.json\. Pass the folder that --out named"),
+        (None, r"is not a run folder: it holds no run\.json\. Name the folder of a run"),
         ("{", r"is damaged \(JSONDecodeError\)"),
         ("[]", r"is damaged \(TypeError\)"),
         ("{}", r"is damaged \(KeyError\)"),
@@ -107,5 +107,5 @@ def test_the_record_reads_well():
            "probe": "needle"}  # fmt: skip
     assert str(WindowEstimate(length=1000.4, low=800, high=None, **run)) == "1,000 tokens [800, >4,096]"
     assert str(WindowEstimate(length=None, low=None, high=300, censored="below", **run)) == "<256 tokens [<256, 300]"
-    with pytest.raises(KeyError, match="no window for probe 'x'"):
+    with pytest.raises(UserError, match="no window of probe 'x' under criterion 'relative'; it holds: none"):
         Run.model_construct(windows=(), settings=type("S", (), {"criterion": "relative"})()).window("x")

@@ -97,7 +97,7 @@ def check_long_enough(corpus: Corpus, encode: Encode, needed: int) -> str | None
         return f"the filler text ({total:,} tokens) repeats, in a new order, in contexts longer than that"
     raise UserError(
         f"Haystack text {corpus.name!r} is too short: it has {total:,} tokens, contexts of {needed:,} were asked "
-        f"for. Pass more text to --haystack, or --max-length {total}."
+        f"for. Pass more text to --haystack" + (f", or --max-length {total}." if total >= 1024 else ".")
     )
 
 

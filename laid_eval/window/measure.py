@@ -149,7 +149,7 @@ def _next(state: State, probe: Probe, grid: list[int], haystack: int, budget: in
     places = {(t.haystack, t.length) for t in trials}
     expected = cuts[-1] if state.forks else len(trials) / max(len(places), 1) * sum(cuts)
     if haystack and state.used + expected > budget:
-        return Next(stop="the budget is spent")
+        return Next(stop="what is left of the budget does not reach through another text")
     return Next(cuts=tuple(cuts))
 
 

@@ -33,7 +33,7 @@ class Prepared:
         check_memory(self.described, self.shape, length, chunk)
 
     def quote(self, settings: Settings) -> Quote:
-        """The most that a measurement takes, after a speed test of two seconds."""
+        """What a measurement takes if it spends its budget, after a speed test of two seconds."""
         rate = speed_test(self.described, self.shape)
         # A haystack's tokens cost more the later they come; the budget holds so many full ones.
         full = settings.budget / settings.max_length

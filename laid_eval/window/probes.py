@@ -201,6 +201,8 @@ def load_probe(name: str) -> Probe:
         UserError: Unknown name, unreadable file, or a field that is wrong (named, with the nearest valid one).
     """
     path = Path(name)
+    if path.is_file() and not name.endswith(".toml"):
+        raise UserError(f"Probe file {name!r} must end in .toml.")
     if not name.endswith(".toml"):
         path = bundled("probes") / f"{name}.toml"
         if not path.is_file():

@@ -34,11 +34,11 @@ WHOLE = 8
 
 @dataclass(frozen=True)
 class Quote:
-    """What a measurement will take at most, told before the weights are loaded."""
+    """What a measurement will take, told before the weights are loaded."""
 
     max_length: int
     tokens: int
-    """Tokens through the model, the budget."""
+    """Tokens through the model, the budget; it may be passed by the questions on the last text."""
     questions: int
     """Roughly."""
     minutes: float
@@ -121,10 +121,10 @@ def measure_window(
         return load_run(folder)
     if isinstance(model, str):
         prepared.check_memory(longest, CHUNK)
-        if announce:
-            announce(prepared.quote(settings))
     made = _make_folder(folder)
     try:
+        if isinstance(model, str) and announce:
+            announce(prepared.quote(settings))
         loaded, seconds = make(longest)
         if budget is None and (loaded.info.fan_out or "").startswith("whole prompts"):
             settings = settings.model_copy(update={"budget": WHOLE * settings.budget})
@@ -229,7 +229,7 @@ def _anchor_share(anchor: str | Path, probes: list[Probe]) -> float:
         raise UserError("--anchor needs exactly one --probe: every probe has a base score of its own.")
     try:
         window = run.window(probes[0].name)
-    except KeyError:
+    except UserError:
         raise UserError(f"The anchor run '{anchor}' holds no estimate for probe {probes[0].name!r}.") from None
     share = ((window.base_score or 0.0) - window.chance) / (1 - window.chance)
     if share <= 0:

@@ -30,7 +30,7 @@ def test_a_planted_window_is_measured_within_its_interval(tmp_path):
     assert window.censored == "no"
     assert run.header.status == "complete"
     assert {w.criterion.split()[0] for w in run.windows} == {"relative", "half", "absolute", "chance"}
-    assert run.header.stopped["needle"].startswith("the interval is") or "budget" in run.header.stopped["needle"]
+    assert run.header.stopped["needle"].startswith("the interval is") or "of the budget" in run.header.stopped["needle"]
 
 
 def test_the_estimate_of_a_run_is_that_of_its_trials(tmp_path):
@@ -149,7 +149,7 @@ def test_the_budget_is_kept_and_shared_by_the_probes(tmp_path):
     )
     cost = run.header.cost
     assert cost.prefill_tokens + cost.question_tokens < 90_000 * 1.2
-    assert set(run.header.stopped.values()) == {"the budget is spent"}
+    assert set(run.header.stopped.values()) == {"what is left of the budget does not reach through another text"}
     assert {w.probe for w in run.windows} == {"needle", "multikey", "aggregate"}
     assert cost.whole_prompt_tokens > 8 * (cost.prefill_tokens + cost.question_tokens)
 
