@@ -144,9 +144,17 @@ def test_a_real_run_killed_without_warning_resumes_bit_for_bit(whole, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path):
+    # Jobs started in the background of a shell inherit an ignored SIGINT; a person at a terminal does not.
+    def listen():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     folder = tmp_path / "cut"
     process = subprocess.Popen(
-        [*COMMAND, *QUICK, "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *QUICK, "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen,
     )
     trials = folder / "trials.jsonl"
     deadline = time.monotonic() + 240
