@@ -124,6 +124,8 @@ def read_haystack(state: State, probe: Probe, haystack: int, cuts: tuple[int, ..
     own = [cut - len(opening) - room for cut in cuts]
     text = build(state.corpus, story.statements, own, state.encode, rng)
     tokens = [*opening, *text.tokens]
+    # The chunks are those of an uninterrupted run, so resuming changes no rounding.
+    chunks = _chunks([len(opening) + end for end in own], settings.chunk)
     read = 0  # tokens the reader holds; stays behind while trials come from disk
     begun = False
     gone = 0
@@ -136,8 +138,7 @@ def read_haystack(state: State, probe: Probe, haystack: int, cuts: tuple[int, ..
             if not begun:
                 reader.begin()
                 begun = True
-            # The chunks are those of an uninterrupted run, so resuming changes no rounding.
-            for at, to in _chunks([len(opening) + to for to in own], settings.chunk):
+            for at, to in chunks:
                 if read <= at < target:
                     reader.read(tokens[at:to])
                     read = to
