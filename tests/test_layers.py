@@ -13,7 +13,8 @@ PACKAGE = ROOT / "laid_eval"
 LAYERS = [
     {"core"},
     {"models"},
-    {"window", "spectrum"},
+    {"window"},
+    {"spectrum"},
     {"report", "distill", "serving"},
     {"cli", "__main__"},
 ]

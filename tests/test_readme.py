@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import laid_eval
-from laid_eval.cli import _show
+from laid_eval.cli.window import show_window
 from laid_eval.window.probes import load_probe, probe_names
 
 matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def test_the_probe_of_the_readme_works(tmp_path):
 def test_the_table_is_that_of_the_run_it_shows():
     run = laid_eval.load_run(ROOT / "reports" / "smollm2-window")
     out = io.StringIO()
-    _show(run, Console(file=out, width=110, highlight=False), ["trials.jsonl", "window.png", "depth.png"])
+    show_window(run, Console(file=out, width=110, highlight=False), ["trials.jsonl", "window.png", "depth.png"])
     shown = block("run: reports/smollm2-window", "console").split("\n", 1)[1]
     tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("run:")]
     given = [line.rstrip() for line in shown.splitlines() if not line.startswith("run:")]

@@ -1,4 +1,4 @@
-"""Plots of runs. Each takes `ax=None` and returns the Axes; nothing is computed here that a record does not hold."""
+"""Plots of windows. Each takes `ax=None` and returns the Axes; nothing is computed here that a record does not hold."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from scipy.stats import beta
 
 from laid_eval.errors import UserError
 from laid_eval.records import WindowEstimate
+from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, token_axis, tokens_text
 from laid_eval.runs import LoadedRun, load_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito: told apart by colour-blind readers and in grey.
-INK, CURVE, CLAIMED = "#333333", "#0072B2", "#D55E00"
-CRITERIA = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _DEPTHS = 4  # rows of the depth map
 _ROW = 0.075  # height of one criterion below the curve, in score
 
@@ -39,7 +37,7 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
         UserError: The run holds no trials of that probe.
     """
     run, name, trials = _selected(run, probe)
-    ax = ax or _new_axes((7.2, 4.8))
+    ax = ax or new_axes((7.2, 4.8))
     confidence = f"{100 * run.header.settings.confidence:g}%"
     for curve in run.header.curves:
         if curve.probe == name:
@@ -91,7 +89,7 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
     rows = _criteria_rows(ax, found, short, long, left)
     ax.set_ylim(-_ROW * (rows + 0.9), 1.05)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    _token_axis(ax, short / 1.15, long * 1.15)
+    token_axis(ax, short / 1.15, long * 1.15)
     ax.set_ylabel("score")
     ax.set_title(f"{run.header.model.name}: effective context window, probe '{name}'", loc="left", fontsize=11)
     ax.legend(
@@ -118,7 +116,7 @@ def depth(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, probe
         UserError: The run holds no trials of that probe.
     """
     run, name, trials = _selected(run, probe)
-    ax = ax or _new_axes((7.2, 3.6))
+    ax = ax or new_axes((7.2, 3.6))
     title = f"{run.header.model.name}: score by needle depth, probe '{name}'"
     placed = trials[trials["depth"].notna()]
     if placed.empty:
@@ -143,7 +141,7 @@ def depth(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, probe
                 ax.text(c, r - 0.1, f"{score[r, c]:.2f}", ha="center", va="center", color=ink, fontsize=8)
                 ax.text(c, r + 0.26, f"n={count[r, c]}", ha="center", va="center", color=ink, fontsize=6)
     middle = [placed.loc[column == c, "length"].mean() for c in columns]
-    ax.set_xticks(range(len(columns)), [_short(v) for v in middle])
+    ax.set_xticks(range(len(columns)), [tokens_text(v) for v in middle])
     ax.set_yticks(range(_DEPTHS), [f"{100 * r // _DEPTHS}-{100 * (r + 1) // _DEPTHS}%" for r in range(_DEPTHS)])
     ax.set_xlabel("context length (tokens, half-octave bins)")
     ax.set_ylabel("needle depth\n(0% = start)")
@@ -211,27 +209,3 @@ def _selected(run: LoadedRun | str | os.PathLike[str], probe: str | None) -> tup
 
 def _has_trials(run: LoadedRun, probe: str) -> bool:
     return bool(((run.trials["probe"] == probe) & run.trials["score"].notna()).any())
-
-
-def _token_axis(ax: Axes, low: float, high: float) -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(low, high)
-    ticks = [2.0**k for k in range(int(np.ceil(np.log2(low))), int(np.floor(np.log2(high))) + 1)]
-    ax.set_xticks(ticks, [_short(t) for t in ticks])
-    ax.set_xticks([], minor=True)
-    ax.set_xlabel("context length (tokens)")
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _short(tokens: float) -> str:
-    """`512`, `8k`, `11.6k`."""
-    if tokens < 1000:
-        return f"{tokens:.0f}"
-    thousands = tokens / 1024
-    return f"{thousands:.0f}k" if abs(thousands - round(thousands)) < 0.05 else f"{thousands:.1f}k"
-
-
-def _new_axes(size: tuple[float, float]) -> Axes:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]

@@ -1,16 +1,12 @@
-"""The command line: parses, calls one function, prints, chooses the exit code. Nothing else prints or exits.
-
-Exit codes: 0 done, 1 gate failed, 2 the user can mend it, 3 inconclusive, 130 interrupted.
-"""
+"""`laid-eval window`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +14,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from laid_eval.cli.console import (
+    GIB,
+    PROGRAM,
+    AllowPickle,
+    Device,
+    Dtype,
+    Haystack,
+    Json,
+    Revision,
+    TrustRemoteCode,
+    fail,
+    show,
+    stderr,
+)
 from laid_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,20 +35,7 @@ if TYPE_CHECKING:
     from laid_eval.window.reading import Progress as Step
     from laid_eval.window.session import Quote
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="Long-context evaluation and diagnostics for language models: how far can a model really read?",
-)
-stderr = Console(stderr=True, highlight=False)
-_GIB = 1024**3
-_PROGRAM = 0.5  # GiB that Python, torch and the tokenizer take beside the model
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
-
-_WINDOW_EPILOG = """
+EPILOG = """
 **Examples**
 
 `laid-eval window --model smollm2`  the reference model, probe `needle`
@@ -51,50 +48,6 @@ _WINDOW_EPILOG = """
 """
 
 
-def main() -> None:
-    """Entry point of the `laid-eval` script."""
-    try:
-        app(standalone_mode=False)
-    except UserError as error:
-        _fail(str(error), 2)
-    except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
-    except typer.Abort:
-        _fail("interrupted", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except Exception as error:
-        # typer's own usage errors, whichever click they come from: message, usage, exit code
-        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-        if show is None or code is None:
-            raise
-        show()
-        sys.exit(code)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"laid-eval: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version
-
-        print(version("laid-eval"))
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Options before the command."""
-
-
-@app.command(epilog=_WINDOW_EPILOG)
 def window(
     model: Annotated[
         str | None,
@@ -119,21 +72,15 @@ def window(
     ] = "relative",
     anchor: Annotated[Path | None, typer.Option(help="Run folder whose base score `anchored` refers to.")] = None,
     confidence: Annotated[float, typer.Option(help="Mass of the interval.")] = 0.95,
-    haystack: Annotated[
-        list[Path] | None, typer.Option(help="File with filler text. Repeatable. Default: Python's reference.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    haystack: Haystack = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     rope_scaling: Annotated[
         str | None, typer.Option(help="yarn:2, linear:2 or dynamic:2: what the window would be if.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; resumed if it holds the same run. Default: a new one in runs/.")
     ] = None,
@@ -151,7 +98,7 @@ def window(
     if model is None:
         raise UserError("Which model? Pass --model; try: laid-eval window --model smollm2")
     # Imported here: --help needs none of it.
-    from laid_eval.report.plot import save_figures
+    from laid_eval.report.plot.windows import save_figures
     from laid_eval.runs import TRIALS
     from laid_eval.window.session import measure_window
 
@@ -185,56 +132,12 @@ def window(
                 if step.folder
                 else ""
             )
-            _fail(f"interrupted. {kept}".strip(), 130)
+            fail(f"interrupted. {kept}".strip(), 130)
     figures = save_figures(run)
     if as_json:
         document = {"run": str(run.path), **run.header.model_dump(mode="json")}
         print(json.dumps(document, indent=1, allow_nan=False))
-    _show(run, Console(stderr=as_json, highlight=False), [TRIALS, *(f.name for f in figures)])
-
-
-@app.command()
-def models(as_json: Json = False) -> None:
-    """List the reference models: real models that can be had without a model hub."""
-    from laid_eval.models.reference import REFERENCES, install_hint, installed_file
-
-    rows = [
-        {
-            "name": r.name,
-            "summary": r.summary,
-            "hub_id": r.hub_id,
-            "installed": installed_file(r) is not None,
-            "install": install_hint(r),
-        }
-        for r in REFERENCES
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    table = Table("name", "what it is", "installed", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(str(row["name"]), str(row["summary"]), "yes" if row["installed"] else str(row["install"]))
-    _print(table)
-
-
-@app.command()
-def probes(as_json: Json = False) -> None:
-    """List the probes: the kinds of question put to a model."""
-    from laid_eval.window.probes import load_probe, probe_hash, probe_names
-
-    found = [load_probe(name) for name in probe_names()]
-    if as_json:
-        rows = [{"hash": probe_hash(p), **p.model_dump(mode="json")} for p in found]
-        print(json.dumps(rows, indent=1))
-        return
-    table = Table("name", "what is asked", "choices", "from", box=None, pad_edge=False)
-    for p in found:
-        table.add_row(p.name, p.summary, str(p.choices), f"{p.min_length} tokens")
-    _print(table)
-
-
-def _print(what: Any) -> None:
-    Console(highlight=False).print(what)
+    show_window(run, Console(stderr=as_json, highlight=False), [TRIALS, *(f.name for f in figures)])
 
 
 class _Steps:
@@ -267,7 +170,7 @@ def _live() -> Iterator[tuple[Callable[[Quote], None], _Steps]]:
         minutes = f"{quote.minutes:.0f}" if quote.minutes > 1 else "1"
         stderr.print(
             f"Quote: up to about {quote.tokens:,} tokens (contexts up to {quote.max_length:,}), {quote.questions:,} "
-            f"questions, {minutes} min and {quote.memory_bytes / _GIB + _PROGRAM:.1f} GiB on this machine.",
+            f"questions, {minutes} min and {quote.memory_bytes / GIB + PROGRAM:.1f} GiB on this machine.",
             soft_wrap=True,
         )
 
@@ -286,7 +189,7 @@ def _live() -> Iterator[tuple[Callable[[Quote], None], _Steps]]:
         yield announce, _Steps(update)
 
 
-def _show(run: LoadedRun, console: Console, files: list[str]) -> None:
+def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
     """The result for people: windows, how they were measured, what it cost, where it lies."""
     header = run.header
     model = header.model
@@ -324,7 +227,7 @@ def _show(run: LoadedRun, console: Console, files: list[str]) -> None:
         console.print()
     cost = header.cost
     read = cost.prefill_tokens + cost.question_tokens
-    memory = f", peak memory {cost.peak_memory_bytes / _GIB:.1f} GiB" if cost.peak_memory_bytes else ""
+    memory = f", peak memory {cost.peak_memory_bytes / GIB:.1f} GiB" if cost.peak_memory_bytes else ""
     console.print(
         f"cost: {read:,} tokens in {cost.seconds / 60:.1f} min{memory}; one whole prompt per question would be "
         f"{cost.whole_prompt_tokens:,} tokens ({cost.whole_prompt_tokens / max(read, 1):.0f} times as many)"
@@ -366,9 +269,9 @@ def _self_check(runs: int, seed: int, as_json: bool) -> None:
                 f"{r.median_width:.2f} oct",
                 "yes" if r.in_bounds else "NO",
             )
-        _print(table)
+        show(table)
     if not all(r.in_bounds for r in results):
-        _fail("some readers are out of bounds", 1)
+        fail("some readers are out of bounds", 1)
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""What the commands share: where they print, how they fail, options of the same meaning."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+stderr = Console(stderr=True, highlight=False)
+GIB = 1024**3
+PROGRAM = 0.5  # GiB that Python, torch and the tokenizer take beside the model
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights, which can run code.")]
+Haystack = Annotated[
+    list[Path] | None, typer.Option(help="File with filler text. Repeatable. Default: Python's reference.")
+]
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, then exit."""
+    print(f"laid-eval: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def show(what: Any) -> None:
+    """Print on stdout."""
+    Console(highlight=False).print(what)

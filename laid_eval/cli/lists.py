@@ -1,0 +1,47 @@
+"""`laid-eval models` and `laid-eval probes`: what is there."""
+
+from __future__ import annotations
+
+import json
+
+from rich.table import Table
+
+from laid_eval.cli.console import Json, show
+
+
+def models(as_json: Json = False) -> None:
+    """List the reference models: real models that can be had without a model hub."""
+    from laid_eval.models.reference import REFERENCES, install_hint, installed_file
+
+    rows = [
+        {
+            "name": r.name,
+            "summary": r.summary,
+            "hub_id": r.hub_id,
+            "installed": installed_file(r) is not None,
+            "install": install_hint(r),
+        }
+        for r in REFERENCES
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "what it is", "installed", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(str(row["name"]), str(row["summary"]), "yes" if row["installed"] else str(row["install"]))
+    show(table)
+
+
+def probes(as_json: Json = False) -> None:
+    """List the probes: the kinds of question put to a model."""
+    from laid_eval.window.probes import load_probe, probe_hash, probe_names
+
+    found = [load_probe(name) for name in probe_names()]
+    if as_json:
+        rows = [{"hash": probe_hash(p), **p.model_dump(mode="json")} for p in found]
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "what is asked", "choices", "from", box=None, pad_edge=False)
+    for p in found:
+        table.add_row(p.name, p.summary, str(p.choices), f"{p.min_length} tokens")
+    show(table)

@@ -1,0 +1,40 @@
+"""What the plots share: colours and axes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe & Ito: told apart by colour-blind readers and in grey.
+INK, CURVE, CLAIMED = "#333333", "#0072B2", "#D55E00"
+CRITERIA = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+
+
+def token_axis(ax: Axes, low: float, high: float, label: str = "context length (tokens)") -> None:
+    """A logarithmic axis in powers of two."""
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(low, high)
+    ticks = [2.0**k for k in range(int(np.ceil(np.log2(low))), int(np.floor(np.log2(high))) + 1)]
+    ax.set_xticks(ticks, [tokens_text(t) for t in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel(label)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def tokens_text(tokens: float) -> str:
+    """`512`, `8k`, `11.6k`."""
+    if tokens < 1000:
+        return f"{tokens:.0f}"
+    thousands = tokens / 1024
+    return f"{thousands:.0f}k" if abs(thousands - round(thousands)) < 0.05 else f"{thousands:.1f}k"
+
+
+def new_axes(size: tuple[float, float]) -> Axes:
+    """A figure of its own."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
