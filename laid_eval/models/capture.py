@@ -219,7 +219,7 @@ def _lazy_mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
@@ -250,7 +250,9 @@ def _attention(
     """The attention function registered with transformers."""
     active = _active.get()
     assert active is not None, "the model was left with this attention outside `capture`"
-    mask = attention_mask if isinstance(attention_mask, Mask) else _from_tensor(module, query, key, attention_mask, kwargs)
+    mask = (
+        attention_mask if isinstance(attention_mask, Mask) else _from_tensor(module, query, key, attention_mask, kwargs)
+    )
     layer = getattr(module, "layer_idx", None)
     call = Call(
         layer=-1 if layer is None else layer,
@@ -264,7 +266,7 @@ def _attention(
         sinks=s_aux,
     )
     if id(module) in active.modules and layer is not None:
-        if not isinstance(attention_mask, Mask):
+        if mask is not attention_mask:
             raise UserError(
                 f"Layer {layer} of {type(module).__name__} brings a mask of its own making; its attention can't be "
                 "captured reliably."
@@ -290,7 +292,7 @@ def _rows_output(call: Call) -> Tensor:
     return out.transpose(1, 2).contiguous()
 
 
-def _from_tensor(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Mask:
+def _ready_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Mask:
     """A ready mask (or none), as modules outside the decoder may pass it."""
     n, k = query.shape[2], key.shape[2]
     causal = kwargs.get("is_causal")

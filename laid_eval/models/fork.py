@@ -13,6 +13,9 @@ mask. Memory is linear in the length.
 Models that can't be forked (recurrent states, rotary embeddings that change with the length, attention outside
 the mask interface) are asked with whole prompts, and the reason is kept.
 
+A slot is a token's place in the cache, its position what the rotary embedding sees. Masks go by slots. Positions are
+slots unless they are given, for texts read or asked about at other distances than their own.
+
 Shape letters: L tokens read, T tokens of all branches.
 """
 
@@ -31,6 +34,10 @@ from laid_eval.models.frame import Branch
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _LOOSE = 0.25  # nats; half precision rounds differently in differently shaped products
+_FAILURES = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+
+Span = tuple[int, int]
+"""Slots from the first to before the second."""
 
 
 class Text(Protocol):
@@ -61,20 +68,39 @@ class ForkedText:
         self._cache = DynamicCache()
 
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int]) -> None:
-        """Read on; one forward pass."""
+    def read(self, tokens: Sequence[int], positions: Sequence[float] | None = None) -> None:
+        """Read on; one forward pass.
+
+        Args:
+            tokens: What is read.
+            positions: Position of each token, fractions allowed; by default its slot.
+        """
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        where = None if positions is None else torch.tensor([list(positions)], device=self.model.device)
+        self.model(ids, position_ids=where, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self.length += len(tokens)
 
     @torch.inference_mode()
-    def ask(self, branches: Sequence[Branch]) -> list[list[float]]:
-        """Summed log-probability of every choice of every branch; the text read stays as it was."""
+    def ask(
+        self,
+        branches: Sequence[Branch],
+        at: Sequence[float] | None = None,
+        hidden: Sequence[Sequence[Span]] | None = None,
+    ) -> list[list[float]]:
+        """Summed log-probability of every choice of every branch; the text read stays as it was.
+
+        Args:
+            branches: The questions.
+            at: Position of each branch's first token; by default the slot after the text.
+            hidden: Slots of the text, [start, end), that each branch does not see. What was read after them has seen
+                them.
+        """
         pack = _Pack(branches, self.model.device)
-        with _branches_apart(self.model, self.length, pack):
+        start = torch.tensor(at or [self.length] * len(branches), device=self.model.device)
+        with _branches_apart(self.model, self.length, pack, hidden):
             logits = self.model(
                 pack.ids[None],
-                position_ids=(pack.offset + self.length)[None],
+                position_ids=(pack.offset + start[pack.owner])[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=pack.kept,
@@ -131,6 +157,7 @@ class _Pack:
         ids: list[int] = []
         offset: list[int] = []
         parent: list[int] = []  # the slot a token follows; -1: the text itself
+        owner: list[int] = []
         kept: list[int] = []
         self._sums: list[list[list[tuple[int, int]]]] = []  # branch, choice, (row of logits, token)
 
@@ -138,6 +165,7 @@ class _Pack:
             for k, token in enumerate(tokens):
                 parent.append(after if k == 0 else len(ids) - 1)
                 offset.append(first + k)
+                owner.append(len(self._sums))
                 ids.append(token)
 
         for branch in branches:
@@ -157,6 +185,7 @@ class _Pack:
             self._sums.append(choices)
         self.ids = torch.tensor(ids, device=device)
         self.offset = torch.tensor(offset, device=device)
+        self.owner = torch.tensor(owner, device=device)  # (T,): the branch of each slot
         self.kept = torch.tensor(kept, device=device)
         self.visible = torch.eye(len(ids), dtype=torch.bool)
         for slot, before in enumerate(parent):
@@ -171,18 +200,28 @@ class _Pack:
 
 
 @contextmanager
-def _branches_apart(model: PreTrainedModel, length: int, pack: _Pack) -> Iterator[None]:
-    """Within, the model's mask function sees branches: positions instead of slots, and no other branch."""
+def _branches_apart(
+    model: PreTrainedModel, length: int, pack: _Pack, hidden: Sequence[Sequence[Span]] | None
+) -> Iterator[None]:
+    """Within, the model's mask function sees each branch right after the text, and no other branch."""
     name = model.config.get_text_config(decoder=True)._attn_implementation
     original = ALL_MASK_ATTENTION_FUNCTIONS[name]
-    position = torch.cat([torch.arange(length, device=pack.ids.device), pack.offset + length])
+    place = torch.cat([torch.arange(length, device=pack.ids.device), pack.offset + length])
+    text = torch.ones(len(hidden or [()]), max(length, 1), dtype=torch.bool)
+    for branch, spans in enumerate(hidden or []):
+        for start, end in spans:
+            text[branch, start:end] = False
+    owner = pack.owner if hidden else torch.zeros_like(pack.owner)
+    text = text.to(pack.ids.device)  # (branches, L): whether a branch sees a slot of the text
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         composed = kwargs.get("mask_function", causal_mask_function)
 
         def apart(b: Any, h: Any, q: Tensor, k: Tensor) -> Tensor:
-            own = pack.visible[(q - length).clamp(min=0), (k - length).clamp(min=0)]
-            seen: Tensor = composed(b, h, position[q], position[k]) & (own | (k < length))
+            slot = (q - length).clamp(min=0)
+            own = pack.visible[slot, (k - length).clamp(min=0)] & (k >= length)
+            read = text[owner[slot], k.clamp(max=text.shape[1] - 1)] & (k < length)
+            seen: Tensor = composed(b, h, place[q], place[k]) & (own | read)
             return seen
 
         kwargs |= {"mask_function": apart, "allow_is_causal_skip": False}
@@ -224,10 +263,40 @@ def why_not_forked(model: PreTrainedModel, longest: int) -> str | None:
             forked.read(ids[at : at + 20])
         forked.ask(branches)
         found = forked.ask(branches)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError) as error:
+    except _FAILURES as error:
         return f"its cache can't be forked ({type(error).__name__})"
     expected = whole.ask(branches)
-    gap = max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    gap = _gap(found, expected)
     if gap > _TOLERANCE.get(model.dtype, _LOOSE):
         return f"forks of its cache differ from whole prompts (by {gap:.2g} nats)"
     return None
+
+
+def why_not_moved(model: PreTrainedModel) -> str | None:
+    """The reason why a text can't be read at other positions; `None` where only distances between positions count.
+
+    Decided by trying, on a model that can be forked: all positions moved alike, by a fraction too, must change
+    nothing, and a question moved away from its text must change something.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocabulary, (48,), generator=generator).tolist()
+    branches = [Branch((ids[1], ids[5]), ((ids[2],), (ids[3], ids[4])))]
+    plain, moved = ForkedText(model), ForkedText(model)
+    plain.read(ids)
+    try:
+        moved.read(ids, [k + 10.5 for k in range(len(ids))])
+        found, far = moved.ask(branches, at=[len(ids) + 10.5]), plain.ask(branches, at=[len(ids) + 100])
+    except _FAILURES as error:
+        return f"its positions can't be chosen freely ({type(error).__name__})"
+    expected = plain.ask(branches)
+    gap = _gap(found, expected)
+    if gap > _TOLERANCE.get(model.dtype, _LOOSE):
+        return f"its answers depend on absolute positions (by {gap:.2g} nats when all move alike)"
+    if _gap(far, expected) == 0:
+        return "its answers do not depend on position ids"
+    return None
+
+
+def _gap(found: list[list[float]], expected: list[list[float]]) -> float:
+    return max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))

@@ -55,9 +55,12 @@ class Frame:
             return whole[len(anchor) :]
         return self._plain(text)
 
-    def branch(self, prompt: str, lead: str, choices: Sequence[str]) -> Branch:
-        """A question with its choices, tokenized as whole texts so that no boundary is forced."""
-        stem = f"\n\nQuestion: {prompt}{self.after}{lead}"
+    def branch(self, prompt: str, lead: str, choices: Sequence[str], told: str = "") -> Branch:
+        """A question with its choices, tokenized as whole texts so that no boundary is forced.
+
+        `told` is a last piece of the text that belongs to this question alone.
+        """
+        stem = f"{told}\n\nQuestion: {prompt}{self.after}{lead}"
         texts = [self.continuation(f"{stem} {choice}") for choice in choices]
         shared = 0
         shortest = min(len(text) for text in texts)
