@@ -250,9 +250,9 @@ def _attention(
     """The attention function registered with transformers."""
     active = _active.get()
     assert active is not None, "the model was left with this attention outside `capture`"
-    mask = (
-        attention_mask if isinstance(attention_mask, Mask) else _from_tensor(module, query, key, attention_mask, kwargs)
-    )
+    mask = attention_mask
+    if not isinstance(mask, Mask):
+        mask = _ready_mask(module, query, key, mask, kwargs)
     layer = getattr(module, "layer_idx", None)
     call = Call(
         layer=-1 if layer is None else layer,
