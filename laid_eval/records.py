@@ -124,6 +124,63 @@ class Curve(Record):
     points: tuple[CurvePoint, ...]
 
 
+Condition = Literal["short", "far", "crowded", "full", "alone", "near"]
+
+
+class WhyTrial(Trial):
+    """One question of the study why a window ends, asked in one of six ways; `laid_eval.window.why` tells them."""
+
+    condition: Condition
+    question: str
+    """Which fact is asked for; the same in all six ways."""
+    distance: float
+    """From the start of the (earliest) needle to the question, in positions."""
+
+
+class WhyValue(Record):
+    """One figure of that study with its interval, as a score and as a margin."""
+
+    name: str
+    words: str
+    """What it is, for people."""
+    value: float
+    """Of a condition the mean score; of a part the share of the score above chance."""
+    low: float
+    high: float
+    margin: float | None = None
+    """The same in the margin of the right choice over the best wrong one, nats; `None` where it has no meaning."""
+    margin_low: float | None = None
+    margin_high: float | None = None
+
+
+class Why(Record):
+    """Why a window ends: the score lost from a short text to a long one, split by cause."""
+
+    probe: str
+    length: int
+    """Of the long text, tokens."""
+    short_length: int
+    haystacks: int
+    questions: int
+    """Most questions asked on one haystack."""
+    asked: int
+    """Questions answered in all six ways."""
+    failed: int
+    """Questions left out because an answer failed in one of them."""
+    chance: float
+    confidence: float
+    conditions: tuple[WhyValue, ...]
+    parts: tuple[WhyValue, ...]
+    tokens: int
+    """Tokens of texts read."""
+    seconds: float | None = None
+    """Wall time reading and asking; `None` where a part of it was done in an earlier session."""
+
+    def part(self, name: str) -> WhyValue:
+        """A part by its name, e.g. `position`."""
+        return next(p for p in self.parts if p.name == name)
+
+
 class ModelInfo(Record):
     """Which model was measured."""
 
@@ -201,6 +258,8 @@ class Run(Record):
     """Versions, platform, device, git commit of the tool."""
     windows: tuple[WindowEstimate, ...] = ()
     curves: tuple[Curve, ...] = ()
+    why: tuple[Why, ...] | None = None
+    """Why the window of each probe ends; `None` where it was not asked."""
     cost: Cost = Cost()
     notes: tuple[str, ...] = ()
     """What a reader should know: fallbacks, repeated text, failed trials."""

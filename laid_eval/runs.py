@@ -12,16 +12,18 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from pydantic import ValidationError
 
 from laid_eval.errors import UserError
-from laid_eval.records import SCHEMA_VERSION, Run, Trial, WindowEstimate
+from laid_eval.records import SCHEMA_VERSION, Run, Trial, WhyTrial, WindowEstimate
 
 HEADER = "run.json"
 TRIALS = "trials.jsonl"
+WHY = "why.jsonl"
+_Line = TypeVar("_Line", bound=Trial)
 
 # Upgrades by the version they start from; each returns the document of the next version. None is needed yet.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -69,9 +71,9 @@ def save_header(folder: Path, run: Run) -> None:
     write_atomically(folder / HEADER, run.model_dump_json(indent=1) + "\n")
 
 
-def append_trials(folder: Path, trials: Iterable[Trial]) -> None:
+def append_trials(folder: Path, trials: Iterable[Trial], file_name: str = TRIALS) -> None:
     """Append trials and push them to the disk."""
-    with (folder / TRIALS).open("a", encoding="utf-8") as file:
+    with (folder / file_name).open("a", encoding="utf-8") as file:
         file.write("".join(trial.model_dump_json() + "\n" for trial in trials))
         file.flush()
         os.fsync(file.fileno())
@@ -118,19 +120,27 @@ def load_trials(folder: Path) -> list[Trial]:
     Raises:
         UserError: A line other than the last can't be read.
     """
-    path = folder / TRIALS
+    return _load_lines(folder / TRIALS, Trial)
+
+
+def load_why_trials(folder: Path) -> list[WhyTrial]:
+    """Read the trials of the study why the window ends. Errors as for `load_trials`."""
+    return _load_lines(folder / WHY, WhyTrial)
+
+
+def _load_lines(path: Path, kind: type[_Line]) -> list[_Line]:
     if not path.is_file():
         return []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Restore it from a copy, or measure again.") from None
-    out: dict[str, Trial] = {}
+    out: dict[str, _Line] = {}
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            trial = Trial.model_validate_json(line)
+            trial = kind.model_validate_json(line)
         except ValidationError:
             if number == len(lines):
                 break
@@ -141,9 +151,9 @@ def load_trials(folder: Path) -> list[Trial]:
     return list(out.values())
 
 
-def drop_torn_line(folder: Path) -> None:
-    """Cut an unfinished last line off `trials.jsonl`, so that appending goes on with a whole line."""
-    path = folder / TRIALS
+def drop_torn_line(folder: Path, file_name: str = TRIALS) -> None:
+    """Cut an unfinished last line off the trials, so that appending goes on with a whole line."""
+    path = folder / file_name
     if not path.is_file():
         return
     content = path.read_bytes()
@@ -156,6 +166,12 @@ def trial_table(trials: Iterable[Trial]) -> pd.DataFrame:
     """Trials as a table with the columns of `Trial`."""
     rows = [trial.model_dump() for trial in trials]
     return pd.DataFrame(rows, columns=list(Trial.model_fields))
+
+
+def why_table(trials: Iterable[WhyTrial]) -> pd.DataFrame:
+    """Trials of the study why the window ends as a table with the columns of `WhyTrial`."""
+    rows = [trial.model_dump() for trial in trials]
+    return pd.DataFrame(rows, columns=list(WhyTrial.model_fields))
 
 
 def load_run(path: str | os.PathLike[str]) -> LoadedRun:

@@ -28,6 +28,7 @@ from laid_eval.cli.console import (
     show,
     stderr,
 )
+from laid_eval.cli.why import show_why
 from laid_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ EPILOG = """
 `laid-eval window --model org/name --max-length 32768 --precision 0.25 --budget 2000000`
 
 `laid-eval window --model smollm2 --rope-scaling yarn:2`  what the window would be if
+
+`laid-eval window --model smollm2 --out runs/mine --why`  why it ends
 """
 
 
@@ -85,6 +88,14 @@ def window(
         Path | None, typer.Option(help="Run folder; resumed if it holds the same run. Default: a new one in runs/.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of texts, facts and questions.")] = 0,
+    why: Annotated[
+        bool, typer.Option("--why", help="Also find out why the window ends; reuses a finished run in --out.")
+    ] = False,
+    why_length: Annotated[
+        int | None, typer.Option(help="Length at which to ask why, tokens. Default: the window under `half`.")
+    ] = None,
+    why_haystacks: Annotated[int | None, typer.Option(help="Texts to read for --why. Default: 6.")] = None,
+    why_questions: Annotated[int | None, typer.Option(help="Most questions on each of them. Default: 12.")] = None,
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Measure readers with known windows instead of a model.")
     ] = False,
@@ -97,9 +108,14 @@ def window(
         return
     if model is None:
         raise UserError("Which model? Pass --model; try: laid-eval window --model smollm2")
+    given = {"why_length": why_length, "why_haystacks": why_haystacks, "why_questions": why_questions}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen and not why:
+        raise UserError(f"--{next(iter(chosen)).replace('_', '-')} only means something with --why; add it.")
     # Imported here: --help needs none of it.
+    from laid_eval.report.plot.causes import save_why
     from laid_eval.report.plot.windows import save_figures
-    from laid_eval.runs import TRIALS
+    from laid_eval.runs import TRIALS, WHY
     from laid_eval.window.session import measure_window
 
     with _live() as (announce, step):
@@ -123,6 +139,8 @@ def window(
                 rope_scaling=rope_scaling,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
+                why=why,
+                **chosen,
                 announce=announce,
                 progress=step,
             )
@@ -133,11 +151,12 @@ def window(
                 else ""
             )
             fail(f"interrupted. {kept}".strip(), 130)
-    figures = save_figures(run)
+    figures = [*save_figures(run), *save_why(run)]
     if as_json:
         document = {"run": str(run.path), **run.header.model_dump(mode="json")}
         print(json.dumps(document, indent=1, allow_nan=False))
-    show_window(run, Console(stderr=as_json, highlight=False), [TRIALS, *(f.name for f in figures)])
+    files = [TRIALS, *([WHY] if run.header.why else []), *(f.name for f in figures)]
+    show_window(run, Console(stderr=as_json, highlight=False), files)
 
 
 class _Steps:
@@ -225,6 +244,8 @@ def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
         if header.stopped and name in header.stopped:
             console.print(f"stopped because {header.stopped[name]}")
         console.print()
+    for why in header.why or ():
+        show_why(why, console)
     cost = header.cost
     read = cost.prefill_tokens + cost.question_tokens
     memory = f", peak memory {cost.peak_memory_bytes / GIB:.1f} GiB" if cost.peak_memory_bytes else ""

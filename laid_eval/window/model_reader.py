@@ -29,19 +29,19 @@ class ModelReader:
         reason = "asked for" if protocol else why_not_forked(loaded.model, longest)
         mode = f"whole prompts: {reason}" if reason else "forked"
         self.info = loaded.info.model_copy(update={"fan_out": mode})
-        self._model = loaded.model
-        self._frame = frame_of(loaded.tokenizer)
+        self.model = loaded.model
+        self.frame = frame_of(loaded.tokenizer)
         self._protocol = protocol or (WholePrompts if reason else ForkedText)
-        self._text = self._protocol(self._model)
+        self._text = self._protocol(self.model)
         self._branches: dict[Question, Branch] = {}
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text` as a continuation of other text."""
-        return self._frame.continuation(text)
+        return self.frame.continuation(text)
 
     def opening(self, instruction: str) -> list[int]:
         """Chat frame and instruction."""
-        return self._frame.opening(instruction)
+        return self.frame.opening(instruction)
 
     def question_tokens(self, question: Question) -> int:
         """Tokens of the question, the frame after it, the lead and the longest choice."""
@@ -54,7 +54,7 @@ class ModelReader:
     def begin(self) -> None:
         """Drop the cache."""
         self._branches.clear()
-        self._text = self._protocol(self._model)
+        self._text = self._protocol(self.model)
 
     def read(self, tokens: Sequence[int]) -> None:
         """One chunk."""
@@ -66,12 +66,12 @@ class ModelReader:
 
     def peak_memory_bytes(self) -> int | None:
         """Peak resident memory of the process, or of the accelerator's allocator."""
-        if self._model.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._model.device)
+        if self.model.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.model.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def _branch(self, question: Question) -> Branch:
         if question not in self._branches:
-            self._branches[question] = self._frame.branch(question.prompt, question.lead, question.choices)
+            self._branches[question] = self.frame.branch(question.prompt, question.lead, question.choices)
         return self._branches[question]

@@ -201,12 +201,13 @@ def _depth(question: Question, text: Haystack, end: int) -> float | None:
 
 def _trials(probe: Probe, asked: list[Asked], answers: list[list[float]], prefix: int, reader: Reader) -> list[Trial]:
     return [
-        _trial(probe, a, logs, prefix + reader.question_tokens(a.question))
+        trial_of(probe, a, logs, prefix + reader.question_tokens(a.question))
         for a, logs in zip(asked, answers, strict=True)
     ]
 
 
-def _trial(probe: Probe, asked: Asked, logs: list[float], prompt_tokens: int) -> Trial:
+def trial_of(probe: Probe, asked: Asked, logs: list[float], prompt_tokens: int) -> Trial:
+    """The record of one answer: `logs` are the log-probabilities of the choices."""
     question = asked.question
     valid = all(math.isfinite(value) for value in logs)
     best = max(logs) if valid else 0.0

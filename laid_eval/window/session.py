@@ -21,6 +21,8 @@ from laid_eval.window.measure import measure, resumable
 from laid_eval.window.probes import Probe, load_probes, probe_hash
 from laid_eval.window.readers import Reader
 from laid_eval.window.reading import Progress
+from laid_eval.window.why_measure import WhyOptions, answered, check_options, explain_run
+from laid_eval.window.why_texts import WhyReader
 
 CHUNK = 512
 """Tokens per forward pass while reading: more is hardly faster and takes more memory."""
@@ -65,6 +67,10 @@ def measure_window(
     rope_scaling: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    why: bool = False,
+    why_length: int | None = None,
+    why_haystacks: int = 6,
+    why_questions: int = 12,
     announce: Callable[[Quote], None] | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> LoadedRun:
@@ -90,6 +96,11 @@ def measure_window(
         rope_scaling: `yarn:2`, `linear:2`, `dynamic:2`: what the window would be if.
         trust_remote_code: Run model code that comes with the checkpoint.
         allow_pickle: Load pickled weights too.
+        why: Also find out why the window ends; see `laid_eval.window.why`. A finished run in `out` is reused.
+        why_length: Length at which the window has failed, tokens. Default: the run's own window under `half`, or the
+            longest length tested where that is longer.
+        why_haystacks: Texts of each kind to read for it.
+        why_questions: Most questions on each of them.
         announce: Called with the quote before the weights are loaded; `None` skips the speed test.
         progress: Called while measuring.
 
@@ -101,8 +112,13 @@ def measure_window(
         KeyboardInterrupt: As it came; the folder keeps what was measured.
     """
     probes = load_probes([probe] if isinstance(probe, str) else list(probe))
+    options = WhyOptions(why_length, why_haystacks, why_questions) if why else None
+    if options:
+        check_options(options, probes)
     corpus = load_corpus([Path(file) for file in haystack])
     if not isinstance(model, str):
+        if options:
+            raise UserError("--why needs a model; a scripted reader has no positions. Leave it out.")
         info, reader = model.info, model
         make: Callable[[int], tuple[Reader, float]] = lambda _: (reader, 0.0)  # noqa: E731
         longest = _max_length(info, max_length)
@@ -117,24 +133,40 @@ def measure_window(
     settings = _settings(probes, corpus, longest, min_length, criterion, anchor, confidence, precision, budget, seed)
     folder = _folder(out, info)
     run = resumable(folder, settings, info)
-    if run and _finished(run, settings):
+    finished = run is not None and _finished(run, settings)
+    if run and finished and (options is None or answered(run, probes, options)):
         return load_run(folder)
+    reach = max(longest, why_length or 0) if options else longest
     if isinstance(model, str):
-        prepared.check_memory(longest, CHUNK)
+        prepared.check_memory(reach, CHUNK)
     made = _make_folder(folder)
     try:
-        if isinstance(model, str) and announce:
+        if isinstance(model, str) and announce and not finished:
             announce(prepared.quote(settings))
-        loaded, seconds = make(longest)
-        if budget is None and (loaded.info.fan_out or "").startswith("whole prompts"):
-            settings = settings.model_copy(update={"budget": WHOLE * settings.budget})
-        run = _start(run, loaded.info, settings, seconds)
-        measure(loaded, probes, corpus, run, folder, progress)
+        loaded, seconds = make(reach)
+        moving = _moving(loaded) if options else None  # refuses before anything is measured
+        if not finished:
+            if budget is None and (loaded.info.fan_out or "").startswith("whole prompts"):
+                settings = settings.model_copy(update={"budget": WHOLE * settings.budget})
+            run = _start(run, loaded.info, settings, seconds)
+            measure(loaded, probes, corpus, run, folder, progress)
+        if options and moving:
+            explain_run(moving, probes, corpus, folder, options, progress)
     finally:
         for path in made:
             if not any(path.iterdir()):
                 path.rmdir()  # nothing was measured
     return load_run(folder)
+
+
+def _moving(reader: Reader) -> WhyReader:
+    """The same model as a reader of texts at any positions."""
+    # Loads torch.
+    from laid_eval.window.model_reader import ModelReader
+    from laid_eval.window.why_reader import MovingReader
+
+    assert isinstance(reader, ModelReader), "scripted readers were refused before"
+    return MovingReader(reader)
 
 
 def _start(run: Run | None, info: ModelInfo, settings: Settings, load_seconds: float) -> Run:
