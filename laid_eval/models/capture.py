@@ -104,21 +104,31 @@ class Call:
         b, g, k, d = self.key.shape
         q = self.query[:, :, rows].reshape(b, g, -1, d)  # heads of one group share a product
         s = torch.matmul(q, self.key.transpose(2, 3))
-        return _at_least_float32(s.reshape(b, g * self.group, len(rows), k)) * self.scale
+        return wide(s.reshape(b, g * self.group, len(rows), k)) * self.scale
 
     def softmax(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Probabilities of logits (B, H, R, K) under softcap, mask and learned sinks.
 
         Rows sum to one, or to what the learned sinks leave.
         """
+        logits, sinks = self._masked(logits, rows)
+        if sinks is None:
+            return torch.softmax(logits, dim=-1)
+        return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
+
+    def log_softmax(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Logarithms of the same, the learned sink of a head (if any) as a last column: (B, H, R, K [+ 1])."""
+        logits, sinks = self._masked(logits, rows)
+        return torch.log_softmax(logits if sinks is None else torch.cat([logits, sinks], dim=-1), dim=-1)
+
+    def _masked(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         # Not minus infinity: a row that sees nothing (padding) must come out as it does in the eager backend.
         logits = logits.masked_fill(~self.mask.rows(rows), torch.finfo(logits.dtype).min)
         if self.sinks is None:
-            return torch.softmax(logits, dim=-1)
-        sinks = self.sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        return torch.softmax(torch.cat([logits, sinks], dim=-1), dim=-1)[..., :-1]
+            return logits, None
+        return logits, self.sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
 
     def probabilities(self, rows: Tensor) -> Tensor:
         """(B, H, R, K) attention of the queries with indices `rows` (R,)."""
@@ -307,7 +317,8 @@ def _ready_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
     return Mask(predicate, query.shape[0], n, k, 0, 0, mask is None and causal and n == k, False, query.device)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from laid_eval.errors import UserError
-from laid_eval.models.capture import Call, capture
+from laid_eval.models.capture import Call, capture, wide
 from laid_eval.models.source import quiet
 
 _TEXT = 48  # tokens of the text that is moved
@@ -63,8 +63,7 @@ class Rotary:
         """(..., F) complex numbers of channels (..., D)."""
         real = x[..., torch.as_tensor(self.first, device=x.device)]
         imaginary = x[..., torch.as_tensor(self.second, device=x.device)]
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return torch.complex(real.to(wide), imaginary.to(wide))
+        return torch.complex(wide(real), wide(imaginary))
 
     def turns(self, positions: Tensor) -> Tensor:
         """(N, F) unit numbers e^(i theta position) for positions (N,), or (3, N) by axis; angles in float64."""
