@@ -147,7 +147,8 @@ def low_frequency_ratio(profile: ArrayLike, cut: float, taper: Taper = "boxcar")
     It moves little, and may move either way, when a two-scale head loses its far mass: read octave masses first.
     """
     frequency, share = _power_shares(profile, taper)
-    return np.asarray(share[..., frequency <= cut * (1 + 1e-9)].sum(axis=-1) + 0 * share[..., 0])
+    low = share[..., frequency <= cut * (1 + 1e-9)].sum(axis=-1)  # a line on the cut is low, rounding or not
+    return np.where(np.isnan(share[..., 0]), np.nan, low)
 
 
 def default_cuts(width: int) -> tuple[float, float]:

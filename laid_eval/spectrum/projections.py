@@ -29,6 +29,7 @@ from laid_eval.models.source import quiet
 
 _LAYER = re.compile(r"(?P<blocks>(?:.+\.)?(?:layers|h|blocks)\.)(?P<layer>\d+)\.(?P<rest>.+)")
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
+_NORMS = ("input_layernorm", "attention_layernorm")
 _ELSEWHERE = re.compile(r"vis|audio|image|encoder|tower|talker|mtp|draft")  # stacks that are not the language model
 _RESIDUAL = 1e-3
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -130,7 +131,7 @@ def projections(
     """
     text = config.get_text_config(decoder=True)
     at = f"{blocks}{layer}."
-    weight, shift = (_optional(tensors, f"{at}input_layernorm.{kind}") for kind in ("weight", "bias"))
+    weight, shift = (_optional(tensors, *(f"{at}{n}.{kind}" for n in _NORMS)) for kind in ("weight", "bias"))
     if weight is not None:
         weight = weight + form.offset
     out = []
@@ -233,7 +234,7 @@ def _picked(tensors: Tensors, name: str, where: _Rows, head_dim: int) -> Tensor:
     heads = where.heads or max(len(rows) // head_dim, 1)
     if not len(rows) or len(rows) % (heads * head_dim):
         raise UserError(f"Tensor {name!r} of shape {tuple(rows.shape)} does not hold heads of {head_dim} channels.")
-    return rows.reshape(heads, -1, head_dim, *rows.shape[1:])[:, where.part]
+    return rows.reshape(heads, -1, head_dim, *rows.shape[1:])[:, where.part].contiguous()
 
 
 def _optional(tensors: Tensors, *names: str) -> Tensor | None:

@@ -15,8 +15,9 @@ One layer's projections are in memory at a time. Shape letters: L layers, H quer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers import PreTrainedConfig
 
 from laid_eval.errors import UserError
 from laid_eval.models.rotary import Rotary
+from laid_eval.spectrum.fourier import normalised
 from laid_eval.spectrum.projections import Form, Projection, blocks_of, form_of, projections, tensors_of
 
 Singles = NDArray[np.float32]
@@ -47,7 +49,7 @@ class WeightSpectrum:
     amplitude: Singles
     """(L, H, P) logit units per unit-RMS input of query and key."""
     usage: Singles
-    """(L, H, P) share of the amplitude over pairs, sums to 1."""
+    """(L, H, P) share of the amplitude over pairs, sums to 1; NaN for a head of zeros."""
     distances: NDArray[np.int64] | None
     """(K,) tokens; `None` without biases."""
     bias_kernel: Singles | None
@@ -116,8 +118,8 @@ def weight_spectrum(
     at = np.asarray(distances if distances is not None else _log_distances(text), dtype=np.int64)
     found = []
     for i, pairs in turning:
-        query, key = projections(tensors, blocks, i, form, config, calls[i].query.shape[-1])
-        found.append(_layer(query, key, pairs, calls[i].scale, form, at))
+        sides = partial(projections, tensors, blocks, i, form, config, calls[i].query.shape[-1])
+        found.append(_layer(sides, pairs, calls[i].scale, form, at))
     kernels = [layer.kernel for layer in found if layer.kernel is not None]
     biased = len(kernels) == len(found)
     return WeightSpectrum(
@@ -126,7 +128,7 @@ def weight_spectrum(
         query_norm=_stacked([layer.query_norm for layer in found]),
         key_norm=_stacked([layer.key_norm for layer in found]),
         amplitude=_stacked([layer.amplitude for layer in found]),
-        usage=_stacked([layer.amplitude / layer.amplitude.sum(-1, keepdims=True) for layer in found]),
+        usage=_stacked([normalised(layer.amplitude) for layer in found]),
         distances=at if biased else None,
         bias_kernel=_stacked(kernels) if biased else None,
         notes=_notes(rotary, owning, any(layer.normed for layer in found)),
@@ -144,8 +146,13 @@ def bias_kernel(
 
 
 def _layer(
-    query: Projection, key: Projection, rotary: Rotary, scale: float, form: Form, distances: NDArray[np.int64]
+    sides: Callable[[], tuple[Projection, Projection]],
+    rotary: Rotary,
+    scale: float,
+    form: Form,
+    distances: NDArray[np.int64],
 ) -> _Layer:
+    query, key = sides()  # read in here, so that they are gone before the next layer's
     q, k = (_pair_norms(side, rotary, form) for side in (query, key))
     normed = query.gain is not None or key.gain is not None
     kernel = None

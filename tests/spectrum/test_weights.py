@@ -37,6 +37,8 @@ FAMILIES = {
     "cohere-norms": lambda: tf.CohereConfig(**TINY, use_qk_norm=True),
     "nemotron": lambda: tf.NemotronConfig(**TINY),
     "olmo2": lambda: tf.Olmo2Config(**TINY),
+    "apertus": lambda: tf.ApertusConfig(**TINY),
+    "starcoder2": lambda: tf.Starcoder2Config(**TINY),
 }
 PLAIN = ["llama", "llama-yarn", "qwen2", "phi3", "glm4", "granite", "gpt-oss"]
 """RMS norm with its weight as stored, no norm on queries and keys."""
@@ -120,7 +122,7 @@ def test_pair_norms_are_the_size_of_the_models_own_queries(checkpoint, family):
     hook.remove()
     call, pairs = seen[0], rotary[0]
     # Norms on queries make sizes an average of ratios, biases and weights of 8 channels far from even.
-    normed = family in ("qwen3", "gemma3", "cohere-norms", "olmo2")
+    normed = family in ("qwen3", "gemma3", "cohere-norms", "olmo2", "apertus")
     for side, expected in ((call.query, found.query_norm[0]), (call.key, found.key_norm[0])):
         z = pairs.pairs(side[:, :, 0].double()) / pairs.factor
         z = z if normed else z - z.mean(0)
@@ -268,7 +270,9 @@ def test_memory_does_not_grow_with_layers(tmp_path, monkeypatch):
             patch.setattr("laid_eval.spectrum.weights.tensors_of", lambda f, own=own, c=counted: c(own(f)))
             weight_spectrum(folder, config, rotaries_of_config(config, 64))
         peaks.append(peak[0])
-    assert 0 < peaks[1] <= peaks[0]
+    queries_and_keys = (32 + 16) * 32 * 4
+    assert peaks[0] == peaks[1]
+    assert queries_and_keys < peaks[0] < 1.1 * queries_and_keys
 
 
 def test_from_the_configuration_alone(checkpoint):
@@ -291,6 +295,33 @@ def test_a_real_model(smollm2):
     rows = [(block.self_attn.q_proj.weight[head * 64 + c] * block.input_layernorm.weight) for c in (pair, pair + 32)]
     expected = float(torch.stack(rows).detach().norm())
     assert found.query_norm[layer, head, pair] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_head_of_zeros_has_no_usage(checkpoint, tmp_path):
+    folder, model, rotary = checkpoint("llama")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.self_attn.q_proj.weight"][:8] = 0
+    save_file(state, tmp_path / "model.safetensors")
+    usage = weight_spectrum(tmp_path, model.config, rotary).usage
+    assert np.isnan(usage[0, 0]).all()
+    assert np.isfinite(usage[0, 1:]).all()
+
+
+def test_queries_beside_their_gate(tmp_path):
+    """Qwen3-Next: only one layer attends, and each head's rows are its queries, then its gate."""
+    config = tf.Qwen3NextConfig(**{**TINY, "num_hidden_layers": 4}, head_dim=8)
+    model = model_of(config)
+    model.save_pretrained(tmp_path)
+    found = weight_spectrum(tmp_path, config, rotaries(model, 64))
+    assert found.layers.tolist() == [3]
+    block = model.model.layers[3]
+    pairs = rotaries(model, 64)[3]
+    rows = block.self_attn.q_proj.weight[2 * 16 : 2 * 16 + 8] * (1 + block.input_layernorm.weight)
+    size = rows.square().sum(-1)
+    size = size / size.mean() * (1 + block.self_attn.q_norm.weight).square()
+    assert found.query_norm[0, 2, 0] == pytest.approx(
+        float(size[[pairs.first[0], pairs.second[0]]].sum().sqrt()), rel=1e-5
+    )
 
 
 def test_layers_that_do_not_rotate_are_left_out(checkpoint):
