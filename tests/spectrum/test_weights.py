@@ -307,6 +307,17 @@ def test_a_head_of_zeros_has_no_usage(checkpoint, tmp_path):
     assert np.isfinite(usage[0, 1:]).all()
 
 
+def test_what_a_layer_norm_removes_does_not_count(checkpoint, tmp_path):
+    """Adding to a row what meets only the input's mean changes no query, so no size."""
+    folder, model, rotary = made = checkpoint("nemotron")
+    state = load_file(folder / "model.safetensors")
+    at = "model.layers.0."
+    state[f"{at}self_attn.q_proj.weight"] += 5 / (1 + state[f"{at}input_layernorm.weight"])
+    save_file(state, tmp_path / "model.safetensors")
+    changed = weight_spectrum(tmp_path, model.config, rotary)
+    np.testing.assert_allclose(changed.query_norm, spectrum(made).query_norm, rtol=1e-3)
+
+
 def test_queries_beside_their_gate(tmp_path):
     """Qwen3-Next: only one layer attends, and each head's rows are its queries, then its gate."""
     config = tf.Qwen3NextConfig(**{**TINY, "num_hidden_layers": 4}, head_dim=8)
