@@ -42,6 +42,13 @@ def run(*words, timeout=300, cwd=None):
             ["window", "--self-check", "--runs", "0"],
             "Invalid value for '--runs': Input should be greater than or equal to 1",
         ),
+        (["window", "--model", "smollm2", "--probe", "aggregate", "--why"], "--why needs a probe with a needle"),
+        (["window", "--model", "smollm2", "--why", "--why-length", "300"], "--why-length 300 is too short"),
+        (
+            ["window", "--model", "smollm2", "--why", "--why-haystacks", "1"],
+            "--why-haystacks must be at least 2, got 1",
+        ),
+        (["window", "--model", "smollm2", "--why-length", "3000"], "--why-length only means something with --why"),
         (["window", "--modle", "x"], "No such option"),
         (["windw"], "No such command"),
     ],

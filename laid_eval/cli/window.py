@@ -157,6 +157,8 @@ def window(
         print(json.dumps(document, indent=1, allow_nan=False))
     files = [TRIALS, *([WHY] if run.header.why else []), *(f.name for f in figures)]
     show_window(run, Console(stderr=as_json, highlight=False), files)
+    if why and not run.header.why:
+        fail("the window was measured, but it can't be said why it ends; the notes tell the reason.", 3)
 
 
 class _Steps:

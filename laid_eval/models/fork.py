@@ -14,7 +14,7 @@ Models that can't be forked (recurrent states, rotary embeddings that change wit
 the mask interface) are asked with whole prompts, and the reason is kept.
 
 A slot is a token's place in the cache, its position what the rotary embedding sees. Masks go by slots. Positions are
-slots unless they are given, for texts read or asked about at other distances than their own.
+slots unless questions are asked, or the tokens read are moved, so that they meet at other distances than their own.
 
 Shape letters: L tokens read, T tokens of all branches.
 """
@@ -31,6 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from laid_eval.models.frame import Branch
+from laid_eval.models.rotary import Rotary
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _LOOSE = 0.25  # nats; half precision rounds differently in differently shaped products
@@ -68,17 +69,31 @@ class ForkedText:
         self._cache = DynamicCache()
 
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int], positions: Sequence[float] | None = None) -> None:
-        """Read on; one forward pass.
+    def read(self, tokens: Sequence[int]) -> None:
+        """Read on; one forward pass."""
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self.length += len(tokens)
+
+    @torch.inference_mode()
+    def move(self, shifts: Sequence[float], rotaries: Sequence[Rotary | None]) -> None:
+        """Move every token read along the position axis, for what is asked from now on.
+
+        Keys are turned, so a question meets each token at another distance; what the tokens took in when they were
+        read stays.
 
         Args:
-            tokens: What is read.
-            positions: Position of each token, fractions allowed; by default its slot.
+            shifts: By how many positions, for each token read; fractions allowed.
+            rotaries: The rotary pairs of every layer.
         """
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        where = None if positions is None else torch.tensor([list(positions)], device=self.model.device)
-        self.model(ids, position_ids=where, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self.length += len(tokens)
+        by = torch.tensor(list(shifts), dtype=torch.float64, device=self.model.device)
+        layers: list[Any] = self._cache.layers
+        for layer, rotary in zip(layers, rotaries, strict=True):
+            if rotary is not None:
+                keys: Tensor = layer.keys
+                turned = rotary.pairs(keys) * rotary.turns(by)
+                keys[..., torch.as_tensor(rotary.first)] = turned.real.to(keys.dtype)
+                keys[..., torch.as_tensor(rotary.second)] = turned.imag.to(keys.dtype)
 
     @torch.inference_mode()
     def ask(
@@ -272,29 +287,30 @@ def why_not_forked(model: PreTrainedModel, longest: int) -> str | None:
     return None
 
 
-def why_not_moved(model: PreTrainedModel) -> str | None:
-    """The reason why a text can't be read at other positions; `None` where only distances between positions count.
+def why_not_moved(model: PreTrainedModel, rotaries: Sequence[Rotary | None]) -> str | None:
+    """The reason why tokens and questions can't be moved; `None` where only distances between positions count.
 
-    Decided by trying, on a model that can be forked: all positions moved alike, by a fraction too, must change
+    Decided by trying, on a model that can be forked: text and question moved alike, by a fraction too, must change
     nothing, and a question moved away from its text must change something.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(0, vocabulary, (48,), generator=generator).tolist()
     branches = [Branch((ids[1], ids[5]), ((ids[2],), (ids[3], ids[4])))]
-    plain, moved = ForkedText(model), ForkedText(model)
-    plain.read(ids)
+    text = ForkedText(model)
+    text.read(ids)
+    expected = text.ask(branches)
     try:
-        moved.read(ids, [k + 10.5 for k in range(len(ids))])
-        found, far = moved.ask(branches, at=[len(ids) + 10.5]), plain.ask(branches, at=[len(ids) + 100])
+        far = text.ask(branches, at=[len(ids) + 100])
+        text.move([10.5] * len(ids), rotaries)
+        found = text.ask(branches, at=[len(ids) + 10.5])
     except _FAILURES as error:
         return f"its positions can't be chosen freely ({type(error).__name__})"
-    expected = plain.ask(branches)
-    gap = _gap(found, expected)
-    if gap > _TOLERANCE.get(model.dtype, _LOOSE):
-        return f"its answers depend on absolute positions (by {gap:.2g} nats when all move alike)"
     if _gap(far, expected) == 0:
         return "its answers do not depend on position ids"
+    gap = _gap(found, expected)
+    if gap > _TOLERANCE.get(model.dtype, _LOOSE):
+        return f"text and question moved alike give other answers (by {gap:.2g} nats)"
     return None
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
 
 from laid_eval.environment import environment
 from laid_eval.errors import UserError
 from laid_eval.models.reference import REFERENCES
 from laid_eval.records import ModelInfo, Run, Settings
-from laid_eval.runs import LoadedRun, load_run
+from laid_eval.runs import LoadedRun, load_run, run_folder
 from laid_eval.window.curve import parse_criterion
 from laid_eval.window.haystack import Corpus, load_corpus
 from laid_eval.window.measure import measure, resumable
@@ -114,7 +112,7 @@ def measure_window(
     probes = load_probes([probe] if isinstance(probe, str) else list(probe))
     options = WhyOptions(why_length, why_haystacks, why_questions) if why else None
     if options:
-        check_options(options, probes)
+        check_options(options, probes, min_length)
     corpus = load_corpus([Path(file) for file in haystack])
     if not isinstance(model, str):
         if options:
@@ -131,7 +129,7 @@ def measure_window(
         longest = _max_length(info, max_length)
         make = prepared.load
     settings = _settings(probes, corpus, longest, min_length, criterion, anchor, confidence, precision, budget, seed)
-    folder = _folder(out, info)
+    folder = run_folder(out, info.name, "window")
     run = resumable(folder, settings, info)
     finished = run is not None and _finished(run, settings)
     if run and finished and (options is None or answered(run, probes, options)):
@@ -144,7 +142,7 @@ def measure_window(
         if isinstance(model, str) and announce and not finished:
             announce(prepared.quote(settings))
         loaded, seconds = make(reach)
-        moving = _moving(loaded) if options else None  # refuses before anything is measured
+        moving = _moving(loaded, reach) if options else None  # refuses before anything is measured
         if not finished:
             if budget is None and (loaded.info.fan_out or "").startswith("whole prompts"):
                 settings = settings.model_copy(update={"budget": WHOLE * settings.budget})
@@ -159,14 +157,14 @@ def measure_window(
     return load_run(folder)
 
 
-def _moving(reader: Reader) -> WhyReader:
-    """The same model as a reader of texts at any positions."""
+def _moving(reader: Reader, longest: int) -> WhyReader:
+    """The same model as a reader whose texts can be moved."""
     # Loads torch.
     from laid_eval.window.model_reader import ModelReader
     from laid_eval.window.why_reader import MovingReader
 
     assert isinstance(reader, ModelReader), "scripted readers were refused before"
-    return MovingReader(reader)
+    return MovingReader(reader, longest)
 
 
 def _start(run: Run | None, info: ModelInfo, settings: Settings, load_seconds: float) -> Run:
@@ -267,17 +265,6 @@ def _anchor_share(anchor: str | Path, probes: list[Probe]) -> float:
     if share <= 0:
         raise UserError(f"The anchor run '{anchor}' is at chance; nothing can be anchored to it.")
     return round(share, 6)
-
-
-def _folder(out: str | Path | None, info: ModelInfo) -> Path:
-    if out is not None:
-        folder = Path(out)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out '{out}' is a file; give a folder.")
-        return folder
-    name = re.sub(r"[^\w.-]+", "-", Path(info.name).name).strip("-") or "model"
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return Path("runs") / f"{now}-window-{name}-{uuid4().hex[:6]}"
 
 
 def _finished(run: Run, settings: Settings) -> bool:

@@ -5,13 +5,14 @@ The same questions about the same facts are asked in six ways:
     short    the short text
     far      the short text; the question stands at a later position, so that its needle is as far away as in the long
              text by position ids alone
-    crowded  the long text, read at compressed positions: filler takes a fraction of a position a token, so that the
-             needle is as near as in the short text and all the filler is there
     full     the long text
+    crowded  the long text; its tokens are moved toward the question after they were read, filler to a fraction of a
+             position a token, so that the needle is as near as in the short text and all the filler is there
     alone    the long text; the statements of all other facts are hidden from the question
     near     the long text; the needle's statement is hidden from the question and told right before it instead
 
-and what is lost is split, in shares of the score above chance, (score - chance) / (1 - chance):
+What is hidden or moved is so for the question; tokens read after a statement have seen it at its place. What is lost is
+split, in shares of the score above chance, (score - chance) / (1 - chance):
 
     comprehension = 1 - short                 position    = short - far
     loss          = short - full              dilution    = short - crowded
@@ -43,12 +44,12 @@ from laid_eval.records import Condition, Why, WhyValue
 Floats = npt.NDArray[np.float64]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 WORDS: dict[Condition, str] = {
-    "short": "the short text",
-    "far": "the short text, the needle as far as in the long one by position ids alone",
-    "crowded": "the long text, the needle as near as in the short one by position ids alone",
-    "full": "the long text",
-    "alone": "the long text, the other facts hidden",
-    "near": "the long text, the needle told next to the question instead",
+    "short": "short text",
+    "far": "short text, needle as far as in the long one",
+    "crowded": "long text, needle as near as in the short one",
+    "full": "long text",
+    "alone": "long text, other facts hidden",
+    "near": "long text, needle told next to the question",
 }
 LEAST_HAYSTACKS = 2
 _DRAWS = 10_000
@@ -66,16 +67,12 @@ class Part:
 
 PARTS = (
     Part("comprehension", "lost in the short text already", {"short": -1}, 1),
-    Part("loss", "lost from the short text to the long one", {"short": 1, "full": -1}),
-    Part("position", "by distance in positions alone", {"short": 1, "far": -1}),
-    Part("dilution", "by the filler alone", {"short": 1, "crowded": -1}),
-    Part("distractors", "by the other facts in the text", {"alone": 1, "full": -1}),
-    Part(
-        "remainder",
-        "by these only together (below 0: counted twice)",
-        {"short": -1, "far": 1, "crowded": 1, "alone": -1},
-    ),
-    Part("recovered", "won back by the needle next to the question", {"near": 1, "full": -1}),
+    Part("loss", "lost from short to full", {"short": 1, "full": -1}),
+    Part("position", "lost by distance alone: short - far", {"short": 1, "far": -1}),
+    Part("dilution", "lost by filler alone: short - crowded", {"short": 1, "crowded": -1}),
+    Part("distractors", "lost by other facts: alone - full", {"alone": 1, "full": -1}),
+    Part("remainder", "the rest of the loss", {"short": -1, "far": 1, "crowded": 1, "alone": -1}),
+    Part("recovered", "won back next to the question: near - full", {"near": 1, "full": -1}),
 )
 CAUSES = ("position", "dilution", "distractors", "remainder")
 """The parts that add up to the loss."""
@@ -163,21 +160,20 @@ def verdict(why: Why) -> str:
     """The split in one sentence, claiming nothing whose interval holds 0."""
     loss = why.part("loss")
     if loss.low <= 0:
-        return f"At {why.length:,} tokens no loss can be told from chance; ask at a longer --why-length."
-    sure = [p for p in (why.part(name) for name in CAUSES) if p.low > 0]
-    if not sure:
-        return "No single cause can be told from chance; give more --why-haystacks."
-    largest = max(sure, key=lambda p: p.value)
-    told = f"{largest.value / loss.value:.0%} of the loss comes {largest.words}"
-    names = {
-        "position": "position",
-        "dilution": "dilution",
-        "distractors": "distractors",
-        "remainder": "no single cause",
-    }
-    others = [names[p.name] for p in sure if p is not largest]
-    also = f"; {' and '.join(others)} can also be told from 0" if others else "; nothing else can be told from 0"
-    return f"Mostly {names[largest.name]}: {told}{also}."
+        return f"At {why.length:,} tokens no loss can be told from 0; ask at a longer --why-length."
+    alone = [why.part(name) for name in ("position", "dilution", "distractors")]
+    sure = sorted((p for p in alone if p.low > 0), key=lambda p: -p.value)
+    unsure = [p.name for p in alone if p.low <= 0]
+    rest = why.part("remainder")
+    told = ", ".join(f"{p.name} alone {p.value:.2f}" for p in sure) or "no cause alone can be told from 0"
+    said = f"Of {loss.value:.2f} lost: {told}"
+    if rest.high < 0:
+        said += ", which overlap"
+    if rest.low > 0:
+        said += f", only together {rest.value:.2f}"
+    if sure and unsure:
+        said += f"; {' and '.join(unsure)} can't be told from 0"
+    return f"{said}."
 
 
 def _value(name: str, words: str, share: Floats, margin: Floats | None) -> WhyValue:

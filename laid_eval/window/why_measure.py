@@ -22,6 +22,7 @@ from laid_eval.window.why_texts import Text, WhyReader, texts
 
 SHORT = 512
 """Length of the short text, tokens, where the probe and the long text allow it."""
+NOTE = "not said why: "
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class WhyOptions:
     questions: int = 12
 
 
-def check_options(options: WhyOptions, probes: Sequence[Probe]) -> None:
+def check_options(options: WhyOptions, probes: Sequence[Probe], min_length: int | None = None) -> None:
     """Refuse what can't be answered, before anything is measured.
 
     Raises:
         UserError: No probe has a needle, or a number is too small.
     """
-    if all(isinstance(probe, CountsProbe) for probe in probes):
+    asked = [probe for probe in probes if not isinstance(probe, CountsProbe)]
+    if not asked:
         raise UserError(
             f"--why needs a probe with a needle; the answer of {probes[0].name!r} is spread over the whole text and "
             "has no place. Choose another --probe, e.g. needle."
@@ -47,37 +49,37 @@ def check_options(options: WhyOptions, probes: Sequence[Probe]) -> None:
     for name, value, least in (
         ("haystacks", options.haystacks, LEAST_HAYSTACKS),
         ("questions", options.questions, 1),
-        ("length", options.length, 1),
     ):
-        if value is not None and value < least:
+        if value < least:
             raise UserError(f"--why-{name} must be at least {least}, got {value}.")
+    for probe in asked if options.length is not None else []:
+        shortest = min_length or probe.min_length
+        if options.length is not None and options.length < 2 * shortest:
+            raise UserError(
+                f"--why-length {options.length} is too short: the long text must have at least twice the "
+                f"{shortest} tokens of the shortest one of probe {probe.name!r}, {2 * shortest}."
+            )
 
 
 def study_of(run: Run, probe: Probe, options: WhyOptions) -> Study:
     """What is asked for a run: where its window has failed, and a short text.
 
     Raises:
-        UserError: The probe has no needle, the run no window to explain, or the long text is not twice the short one.
+        UserError: The probe has no needle, or the run no window long enough to be explained.
     """
     if isinstance(probe, CountsProbe):
-        raise UserError(f"probe {probe.name!r} has no needle, its answer is spread over the whole text")
+        raise UserError(f"the answer of probe {probe.name!r} is spread over the whole text and has no place")
+    shortest = run.settings.min_length or probe.min_length
     length = options.length
     if length is None:
         half = run.window(probe.name, "half")
-        if half.censored == "below":
+        length = 0 if half.censored == "below" else round(half.length or half.tested_max)
+        if length < 2 * shortest:
             raise UserError(
-                f"the window of probe {probe.name!r} is shorter than the shortest length ({half.tested_min:,.0f} "
-                "tokens), so nothing is lost on the way to a longer one; pass --why-length to ask nevertheless"
+                f"the window of probe {probe.name!r} ({half.value_text()} tokens under `half`) is less than twice its "
+                f"shortest text ({shortest:,} tokens); say where to ask with --why-length"
             )
-        length = round(half.length or half.tested_max)
-    shortest = run.settings.min_length or probe.min_length
-    short = max(shortest, min(SHORT, length // 4))
-    if length < 2 * short:
-        raise UserError(
-            f"the long text ({length:,} tokens) must be at least twice the short one ({short:,}) of probe "
-            f"{probe.name!r}; pass a larger --why-length"
-        )
-    return Study(probe.name, length, short, options.haystacks, options.questions)
+    return Study(probe.name, length, max(shortest, min(SHORT, length // 4)), options.haystacks, options.questions)
 
 
 def answered(run: Run, probes: Sequence[Probe], options: WhyOptions) -> bool:
@@ -100,29 +102,25 @@ def explain_run(
     options: WhyOptions,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Run:
-    """Find out why the windows of a finished run end; the header gets one `Why` a probe.
+    """Find out why the windows of a finished run end.
 
-    Raises:
-        UserError: No probe of the run has a window that can be explained.
+    Returns:
+        The header, also on disk: one `Why` a probe, and a note for each that can't be explained.
     """
     run = load_header(folder)
     drop_torn_line(folder, WHY)
     held = {why.probe: why for why in run.why or ()}
-    refused = []
+    notes = [note for note in run.notes if not note.startswith(NOTE)]  # those of this study are told afresh
+    order = [probe.name for probe in probes]
     for probe in probes:
         try:
             study = study_of(run, probe, options)
+            held[probe.name] = measure_why(reader, probe, corpus, run.settings, study, folder, progress)
         except UserError as error:
-            refused.append(f"why: {error}")
-            continue
-        held[probe.name] = measure_why(reader, probe, corpus, run.settings, study, folder, progress)
-        order = {name: k for k, name in enumerate(run.settings.probes)}
-        run = run.model_copy(update={"why": tuple(sorted(held.values(), key=lambda w: order[w.probe]))})
+            notes.append(f"{NOTE}{str(error).removesuffix('.')}")
+        why = tuple(sorted(held.values(), key=lambda w: order.index(w.probe)))
+        run = run.model_copy(update={"why": why or None, "notes": tuple(notes)})
         save_header(folder, run)
-    if len(refused) == len(probes):
-        raise UserError(f"--{refused[0]}.")
-    run = run.model_copy(update={"notes": tuple(dict.fromkeys((*run.notes, *refused)))})
-    save_header(folder, run)
     return run
 
 
@@ -169,7 +167,7 @@ class _State:
     def report(self, haystack: int, length: int, longest: int, answers: int) -> None:
         """Tell where things stand; the budget is what all texts take."""
         study = self.study
-        total = study.haystacks * (study.short_length + 2 * study.length)
+        total = study.haystacks * (study.short_length + study.length)
         name = f"why, {study.probe}"
         used = self.used + length
         self.progress(Progress(self.folder, name, haystack, length, longest, used, total, answers, None))
@@ -185,12 +183,14 @@ def _answers(state: _State, text: Text, haystack: int, before: int) -> list[WhyT
         reader.begin()
         for at in range(0, len(text.tokens), state.settings.chunk):
             to = min(at + state.settings.chunk, len(text.tokens))
-            reader.read(text.tokens[at:to], text.positions and text.positions[at:to])
+            reader.read(text.tokens[at:to])
             state.report(haystack, to, len(text.tokens), before)
         # All of a condition, also where a kill lost only some: a pass of another shape would round differently.
         found = []
         for condition in dict.fromkeys(way.condition for way in text.ways):
             ways = [way for way in text.ways if way.condition == condition]
+            if condition == "crowded" and text.shifts:
+                reader.move(text.shifts)
             for way, logs in zip(ways, reader.pose([way.posed for way in ways]), strict=True):
                 question = way.posed.asked.question
                 size = len(text.tokens) + len(reader.encode(way.posed.told)) + reader.question_tokens(question)

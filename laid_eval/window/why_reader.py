@@ -1,4 +1,4 @@
-"""A real model behind the protocol of `why_texts`: texts at chosen positions, questions anywhere."""
+"""A real model behind the protocol of `why_texts`: questions anywhere, tokens moved after they were read."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ from collections.abc import Sequence
 from laid_eval.errors import UserError
 from laid_eval.models.fork import ForkedText, why_not_moved
 from laid_eval.models.frame import Branch
+from laid_eval.models.rotary import rotaries
 from laid_eval.window.model_reader import ModelReader
 from laid_eval.window.questions import Question
 from laid_eval.window.why_texts import Posed
 
 
 class MovingReader:
-    """Reads with KV fan-out, at positions that need not be those of the tokens."""
+    """Reads with KV fan-out, and moves what was read."""
 
-    def __init__(self, reader: ModelReader) -> None:
-        """Take over a reader's model and frame.
+    def __init__(self, reader: ModelReader, longest: int) -> None:
+        """Take over a reader's model and frame; `longest` is the farthest position.
 
         Raises:
             UserError: The model can't be forked, or its positions can't be moved.
         """
         reason = None if reader.info.fan_out == "forked" else reader.info.fan_out
-        reason = reason or why_not_moved(reader.model)
+        if not reason:
+            self._rotaries = rotaries(reader.model, longest)
+            reason = why_not_moved(reader.model, self._rotaries)
         if reason:
             raise UserError(
                 f"--why needs a model whose cache can be forked and whose positions can be moved; "
                 f"{reader.info.name!r} can't: {reason}. Leave --why out."
             )
+        reader.begin()  # its last text takes as much memory as one of ours
         self._reader = reader
         self._text = ForkedText(reader.model)
 
@@ -45,12 +49,15 @@ class MovingReader:
 
     def begin(self) -> None:
         """Drop the cache."""
-        self._reader.begin()
         self._text = ForkedText(self._reader.model)
 
-    def read(self, tokens: Sequence[int], positions: Sequence[float] | None = None) -> None:
+    def read(self, tokens: Sequence[int]) -> None:
         """One chunk."""
-        self._text.read(tokens, positions)
+        self._text.read(tokens)
+
+    def move(self, shifts: Sequence[float]) -> None:
+        """Turn the keys of the cache."""
+        self._text.move(shifts, self._rotaries)
 
     def pose(self, posed: Sequence[Posed]) -> list[list[float]]:
         """All in one pass."""

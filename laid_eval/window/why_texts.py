@@ -1,8 +1,9 @@
 """The texts and questions of the six ways of `why`.
 
 Each haystack is a short and a long text with the same facts in the same order at the same depths (as near as sentences
-allow); the filler of the short one is where that of the long one starts. Three readings serve the six ways: the short
-text, the long text, and the long text at compressed positions.
+allow); the filler of the short one is where that of the long one starts. Each is read once, as any text; a cause is
+then taken away from what the question meets: from how far away it stands, how near the tokens are moved to it, what it
+does not see, what it is told.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from laid_eval.window.questions import ItemStory, Question, draw_story
 from laid_eval.window.readers import Asked
 from laid_eval.window.why import CONDITIONS, Study
 
+_LONG: tuple[Condition, ...] = ("full", "alone", "near", "crowded")
 _SHARE = 0.5  # of the short text that facts may fill
 
 
@@ -39,7 +41,7 @@ class Posed:
 
 
 class WhyReader(Protocol):
-    """A reader whose texts and questions can be put at any position; see `window.readers.Reader`."""
+    """A reader whose tokens and questions can be moved; see `window.readers.Reader`."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text` as a continuation of other text."""
@@ -57,8 +59,12 @@ class WhyReader(Protocol):
         """Forget everything read."""
         ...
 
-    def read(self, tokens: Sequence[int], positions: Sequence[float] | None = None) -> None:
-        """Read on, at these positions; by default one after the other."""
+    def read(self, tokens: Sequence[int]) -> None:
+        """Read on."""
+        ...
+
+    def move(self, shifts: Sequence[float]) -> None:
+        """Move every token read by so many positions, for what is asked from now on."""
         ...
 
     def pose(self, posed: Sequence[Posed]) -> list[list[float]]:
@@ -82,12 +88,13 @@ class Text:
     length: int
     """Context length asked for, tokens."""
     tokens: list[int]
-    positions: list[float] | None
     ways: list[Way]
+    shifts: list[float] | None = None
+    """By how much tokens are moved before the crowded questions, the last ones, are asked."""
 
 
 def texts(reader: WhyReader, probe: Probe, corpus: Corpus, seed: int, study: Study, haystack: int) -> Iterator[Text]:
-    """The three readings of one haystack: short, long at compressed positions, and long.
+    """The short and the long text of one haystack, with what is asked after each.
 
     Raises:
         UserError: The short text has no room for enough facts.
@@ -132,10 +139,10 @@ def texts(reader: WhyReader, probe: Probe, corpus: Corpus, seed: int, study: Stu
         ways["full"].append(way("full", q, far))
         ways["alone"].append(way("alone", q, far, hidden=_shifted(others, start)))
         ways["near"].append(way("near", q, len(reader.encode(told)), told=told, hidden=_shifted(mine, start)))
-    tokens = [*opening, *long.tokens]
-    yield Text(study.short_length, [*opening, *short.tokens], None, [*ways["short"], *ways["far"]])
-    yield Text(study.length, tokens, positions, ways["crowded"])
-    yield Text(study.length, tokens, None, [*ways["full"], *ways["alone"], *ways["near"]])
+    yield Text(study.short_length, [*opening, *short.tokens], [*ways["short"], *ways["far"]])
+    shifts = [position - slot for slot, position in enumerate(positions)]
+    asked = [way for name in _LONG for way in ways[name]]
+    yield Text(study.length, [*opening, *long.tokens], asked, shifts)
 
 
 def compressed_positions(text: Haystack, opening: int, end: int) -> list[float]:
@@ -174,7 +181,7 @@ def _told(
     if count < least:
         fit = opening + room + int(np.ceil(sum(facts[:least]) / _SHARE))
         raise UserError(
-            f"--why: a short text of {study.short_length} tokens has room for {max(count, 0)} facts of probe "
+            f"a short text of {study.short_length} tokens has room for {max(count, 0)} facts of probe "
             f"{probe.name!r}, needed are {least}. Pass --min-length {fit} and --why-length {4 * fit} or more."
         )
     items = story.items[:count]

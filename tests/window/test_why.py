@@ -1,5 +1,7 @@
 """The split of a lost score: arithmetic and intervals on planted answers."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,8 +42,14 @@ def test_a_loss_of_one_cause_is_told_as_that_cause_alone(cause):
     assert {name for name in CAUSES if why.part(name).low > 0} == {cause}
     assert all(why.part(name).low <= 0 <= why.part(name).high for name in CAUSES if name != cause)
     assert why.part("recovered").low > 0
-    assert verdict(why).startswith(f"Mostly {cause if cause != 'remainder' else 'no single cause'}")
-    assert "nothing else" in verdict(why)
+    value = f"{why.part(cause).value:.2f}"
+    told = (
+        f"no cause alone can be told from 0, only together {value}"
+        if cause == "remainder"
+        else f"{cause} alone {value}"
+    )
+    assert told in verdict(why)
+    assert not [name for name in CAUSES if name != cause and f"{name} alone" in verdict(why)]
 
 
 def test_the_parts_are_those_of_the_definition_and_add_up():
@@ -92,6 +100,13 @@ def test_equal_answers_leave_the_doubt_of_their_number():
     assert (short.low, short.high) == pytest.approx((0.025 ** (1 / 72), 1))
     assert explain(right, STUDY).part("comprehension").low == 0
     assert verdict(explain(right, STUDY)).startswith("At 8,192 tokens no loss can be told")
+
+
+def test_causes_that_each_suffice_overlap():
+    right = {"short": 0.95, "far": 0.3, "crowded": 0.3, "full": 0.3, "alone": 0.3, "near": 0.95}
+    why = explain(answers(right), STUDY)
+    assert why.part("remainder").high < 0
+    assert re.search(r"(position|dilution) alone 0\.\d\d, (position|dilution) alone .*, which overlap", verdict(why))
 
 
 def test_a_question_that_failed_in_one_way_is_left_out_of_all():
