@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from laid_eval.records import Run, Trial, WindowEstimate
     from laid_eval.report import plot
     from laid_eval.runs import LoadedRun, load_run
+    from laid_eval.spectra import LoadedSpectrum, SpectrumRun, load_spectrum
+    from laid_eval.spectrum.compare import compare_spectra
+    from laid_eval.spectrum.session import measure_spectrum
     from laid_eval.window.curve import Criterion
     from laid_eval.window.estimate import estimate_window
     from laid_eval.window.readers import ScriptedReader
@@ -22,13 +25,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Criterion": "laid_eval.window.curve",
     "LoadedRun": "laid_eval.runs",
+    "LoadedSpectrum": "laid_eval.spectra",
     "Run": "laid_eval.records",
     "ScriptedReader": "laid_eval.window.readers",
+    "SpectrumRun": "laid_eval.spectra",
     "Trial": "laid_eval.records",
     "UserError": "laid_eval.errors",
     "WindowEstimate": "laid_eval.records",
+    "compare_spectra": "laid_eval.spectrum.compare",
     "estimate_window": "laid_eval.window.estimate",
     "load_run": "laid_eval.runs",
+    "load_spectrum": "laid_eval.spectra",
+    "measure_spectrum": "laid_eval.spectrum.session",
     "measure_window": "laid_eval.window.session",
     "plot": "laid_eval.report",
 }
@@ -36,13 +44,18 @@ _HOMES = {
 __all__ = [
     "Criterion",
     "LoadedRun",
+    "LoadedSpectrum",
     "Run",
     "ScriptedReader",
+    "SpectrumRun",
     "Trial",
     "UserError",
     "WindowEstimate",
+    "compare_spectra",
     "estimate_window",
     "load_run",
+    "load_spectrum",
+    "measure_spectrum",
     "measure_window",
     "plot",
 ]

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import pandas as pd
 from pydantic import ValidationError
@@ -46,6 +49,22 @@ class LoadedRun:
     def window(self, probe: str | None = None, criterion: str | None = None) -> WindowEstimate:
         """One estimate; by default of the first probe under the run's own criterion."""
         return self.header.window(probe or self.header.settings.probes[0], criterion)
+
+
+def run_folder(out: str | os.PathLike[str] | None, model: str, command: str) -> Path:
+    """The folder asked for, or a new name in `runs/`; nothing is made.
+
+    Raises:
+        UserError: `out` is a file.
+    """
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out '{out}' is a file; give a folder.")
+        return folder
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-") or "model"
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return Path("runs") / f"{now}-{command}-{name}-{uuid4().hex[:6]}"
 
 
 def write_atomically(path: Path, content: str) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     {"report", "distill", "serving"},
     {"cli", "__main__"},
 ]
-LEAVES = {"records", "runs", "errors", "resources", "environment"}
+LEAVES = {"records", "runs", "errors", "resources", "environment", "spectra"}
 
 
 def _imports(path):

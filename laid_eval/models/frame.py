@@ -44,7 +44,7 @@ class Frame:
     def opening(self, instruction: str) -> list[int]:
         """Tokens up to the haystack."""
         if self.before is None:
-            return [*self._start(), *self._plain(f"{instruction}\n\n")]
+            return [*self.start(), *self._plain(f"{instruction}\n\n")]
         return self._plain(f"{self.before}{instruction}\n\n")
 
     def continuation(self, text: str) -> list[int]:
@@ -71,7 +71,7 @@ class Frame:
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _start(self) -> list[int]:
+    def start(self) -> list[int]:
         """What the tokenizer itself puts before a text (a beginning-of-sequence token, or nothing)."""
         bare, full = self._plain("a"), list(self.tokenizer("a").input_ids)
         return full[: full.index(bare[0])] if bare and bare[0] in full else []

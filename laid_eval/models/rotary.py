@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from laid_eval.errors import UserError
 from laid_eval.models.capture import Call, capture, wide
@@ -111,7 +111,7 @@ def rotaries_of_config(config: PreTrainedConfig, length: int) -> list[Rotary | N
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(shrunk(config)).float().eval()
+            model = AutoModel.from_config(shrunk(config)).float().eval()
     except Exception as error:
         raise UserError(
             f"The rotary pairs of a {config.model_type} model can't be found without its weights "
@@ -232,7 +232,7 @@ def _angles(module: nn.Module, positions: Tensor, kind: str | None) -> tuple[NDA
     else:
         cos, sin = (x.double().reshape(-1, *x.shape[-2:])[0, 1] for x in found)
         turn = torch.complex(cos, sin)
-    return turn.angle().cpu().numpy(), float(turn.abs().mean())
+    return turn.angle().cpu().numpy(), round(float(turn.abs().mean()), 6)
 
 
 def _shapes(angle: NDArray[np.float64], factor: float, axis: tuple[str, ...] | None) -> list[_Candidate]:

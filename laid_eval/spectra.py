@@ -1,0 +1,290 @@
+"""Spectrum runs: what is stored of one, and reading it back. Needs no torch.
+
+A run folder holds `run.json` (a `SpectrumRun`), `spectra.npz` (arrays; see `ARRAYS`), `heads.csv` (one row a head) and
+figures. Unknown is `None` in records and tables; in arrays NaN fills what a layer or head does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from laid_eval.errors import UserError
+from laid_eval.records import SCHEMA_VERSION, ModelInfo, Record, Status
+from laid_eval.runs import HEADER, write_atomically
+
+SPECTRA = "spectra.npz"
+HEADS = "heads.csv"
+
+ARRAYS = {
+    "layers": "(L,) number of each layer that has attention",
+    "theta": "(L, F) rotary frequencies, rad/token",
+    "scale": "(L,) what the products of queries and keys are multiplied by",
+    "distances": "(M,) tokens, log grid",
+    "frequencies": "(K,) cycles/token, log grid",
+    "octave": "(T, L, H, O) attention mass at distance 0, [1, 2), [2, 4), ... tokens and, last, beyond half the text",
+    "sink": "(T, L, H) attention mass on the first tokens",
+    "learned_sink": "(T, L, H) attention mass on learned sink logits",
+    "entropy": "(T, L, H) entropy of attention rows, nats",
+    "power": "(T, L, H, K) |H|^2, squared transfer function of the distance profile at `frequencies`",
+    "d50": "(T, L, H) distance within which half of the mass outside sinks lies, tokens",
+    "d90": "(T, L, H) the same for 90%",
+    "low_ratio": "(T, L, H) share of spectral power at 0 < nu <= 4/W cycles/token (W: half the text), boxcar taper",
+    "low_ratio_64": "(T, L, H) the same at 0 < nu <= 1/64 cycles/token",
+    "centroid": "(T, L, H) geometric mean frequency of the spectral power, cycles/token",
+    "spectral_entropy": "(T, L, H) entropy of the spectral power over frequency, nats",
+    "usage": "(T, L, H, F) mean |q| times mean |k| of each rotary pair, logit units (nats)",
+    "concentration": "(T, L, H, F) |mean| over mean length of the un-rotated query pair, 0..1",
+    "contribution": "(T, L, H, F) mean logit of a pair under attention minus under even weights, nats",
+    "utility": "(T, L, H, B) KL divergence to the attention with a band unrotated, nats",
+    "profile": "(L, H, W) attention mass by distance, mean over texts",
+    "logit": "(L, H, W) mean logit by distance, nats, first text",
+    "moment": "(L, H, F, M, 2) un-rotated mean query x conjugate key at `distances`, nats, first text",
+    "rms": "(L, H, F, M) root mean square logit of each pair at `distances`, nats, first text",
+}
+"""T texts, L layers, H heads, F pairs, W = half the text, M distances, K frequencies, O octaves, B bands."""
+
+
+class Estimate(Record):
+    """A mean over texts with its interval."""
+
+    value: float | None
+    low: float | None = None
+    """`None` where there is one text only."""
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """`0.412 [0.398, 0.426]`."""
+        if self.value is None:
+            return "unknown"
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g}{interval}"
+
+
+class Metric(Estimate):
+    """One number of a run, with its unit and its definition."""
+
+    name: str
+    unit: str
+    definition: str
+
+
+class Band(Record):
+    """Rotary pairs of one range of wavelengths, over all rotating layers and heads."""
+
+    low: float
+    """Shortest wavelength, tokens."""
+    high: float | None
+    """Longest wavelength (exclusive), tokens; `None`: no end."""
+    pairs: float
+    """Pairs of a layer that lie in it, mean over layers."""
+    even: float
+    """Share of all pairs: the usage share if every pair were used alike."""
+    usage: Estimate
+    """Share of usage (mean |q| times mean |k|)."""
+    contribution: Estimate | None = None
+    """Sum over its pairs: logit under attention minus under even weights, nats."""
+    utility: Estimate | None = None
+    """KL divergence to the attention with this band unrotated, nats."""
+    knockout: Estimate | None = None
+    """Rise of the loss with this band unrotated in every layer, nats/token."""
+    knockout_window: str | None = None
+    """Effective window with this band unrotated."""
+    kind: Literal["positional", "semantic", "unused", "weak"] | None = None
+    """By usage and utility; see `laid_eval.spectrum.summary.band_kind`."""
+
+
+class Coverage(Record):
+    """How far the rotary pairs of some layers turn within a length."""
+
+    layers: tuple[int, ...]
+    pairs: int
+    factor: float
+    """Factor on cosine and sine; logits grow by its square."""
+    shortest: float | None
+    """Wavelength, tokens."""
+    longest: float | None
+    full: int
+    """Pairs with at least one full cycle within the measured length."""
+    partial: int
+    """A quarter to one cycle."""
+    quasi_dc: int
+    """Less than a quarter."""
+    none: int
+    """Pairs that do not turn."""
+    horizon: int | None
+    """First distance, tokens, at which the sum of cosines over all pairs falls below zero; `None`: beyond 2^20."""
+    horizon_by_usage: int | None
+    """The same, weighted by usage."""
+
+
+class Compared(Record):
+    """Student against teacher under one measure."""
+
+    name: str
+    unit: str
+    definition: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    floor: float | None
+    """The same measure between the student's own odd and even texts: what texts alone do. `None`: fewer than two."""
+    p: float | None
+    """Permutation p-value over layers (sign flips) that the two differ by more than the floor."""
+
+
+class WhatIf(Record):
+    """The logit kernel predicted under other frequencies, and what a forward pass then showed."""
+
+    scaling: str
+    first_layer_error: float
+    """Relative RMS error of the predicted mean logit in the first rotating layer, where the prediction is exact."""
+    agreement: float
+    """Share of the variance (over layers, heads, distances) of the measured change that the prediction explains."""
+    change: float
+    """RMS of the measured change of the mean logit, nats."""
+
+
+class HeadScore(Record):
+    """A head and a score."""
+
+    layer: int
+    head: int
+    score: float
+
+
+class SpectrumSettings(Record):
+    """What decides which texts and rows are looked at."""
+
+    length: int
+    texts: int
+    """0: only the weights were read."""
+    queries: int
+    haystack: str | None
+    haystack_hash: str | None
+    confidence: float
+    seed: int
+    knockout: Literal["no", "loss", "window"]
+    what_if: tuple[str, ...]
+
+
+class SpectrumCost(Record):
+    """What the measurement took."""
+
+    tokens: int = 0
+    """Tokens through the model, all passes."""
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+
+
+class SpectrumRun(Record):
+    """The header of a spectrum's run folder, `run.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    command: Literal["spectrum"] = "spectrum"
+    created: str
+    status: Status
+    model: ModelInfo
+    settings: SpectrumSettings
+    environment: dict[str, str | None]
+    checks: dict[str, float] = Field(default_factory=dict)
+    """Residuals that show the measurement can be trusted; see the README."""
+    coverage: tuple[Coverage, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+    bands: tuple[Band, ...] = ()
+    top_heads: dict[str, tuple[HeadScore, ...]] = Field(default_factory=dict)
+    """Highest scores of each kind; all are in `heads.csv`."""
+    teacher: ModelInfo | None = None
+    comparison: tuple[Compared, ...] = ()
+    what_if: tuple[WhatIf, ...] = ()
+    cost: SpectrumCost = SpectrumCost()
+    notes: tuple[str, ...] = ()
+
+    def metric(self, name: str) -> Metric:
+        """A metric by name.
+
+        Raises:
+            UserError: The run holds no such metric.
+        """
+        for metric in self.metrics:
+            if metric.name == name:
+                return metric
+        raise UserError(f"The run holds no metric {name!r}; it holds: {', '.join(m.name for m in self.metrics)}.")
+
+
+@dataclass(frozen=True)
+class LoadedSpectrum:
+    """A spectrum run read back."""
+
+    path: Path
+    header: SpectrumRun
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of `ARRAYS`.
+
+        Raises:
+            UserError: They are not there, or damaged.
+        """
+        try:
+            with np.load(self.path / SPECTRA, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"'{self.path / SPECTRA}' can't be read ({type(error).__name__}); measure again.") from None
+
+    @property
+    def heads(self) -> pd.DataFrame:
+        """One row a head: scores and distances with their intervals."""
+        try:
+            return pd.read_csv(self.path / HEADS)
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{self.path / HEADS}' can't be read ({type(error).__name__}); measure again.") from None
+
+
+def save_spectrum(folder: Path, run: SpectrumRun) -> None:
+    """Write `run.json`."""
+    write_atomically(folder / HEADER, run.model_dump_json(indent=1) + "\n")
+
+
+def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write a compressed `.npz` under another name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez_compressed(temporary, allow_pickle=False, **arrays)
+    os.replace(temporary, path)
+
+
+def load_spectrum(path: str | os.PathLike[str]) -> LoadedSpectrum:
+    """Read a spectrum's run folder. Needs no torch.
+
+    Raises:
+        UserError: Not a spectrum run, damaged, or written by a newer version.
+    """
+    folder = Path(path)
+    file = folder / HEADER
+    if not file.is_file():
+        raise UserError(f"'{folder}' is not a run folder: it holds no {HEADER}.")
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        version, command = document["schema_version"], document["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{file}' is damaged ({type(error).__name__}); measure again into another folder.") from None
+    if command != "spectrum":
+        raise UserError(f"'{folder}' is a {command} run, not a spectrum; read it with laid_eval.load_run.")
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+        raise UserError(
+            f"'{file}' has schema version {version}, this laid-eval reads up to {SCHEMA_VERSION}. Upgrade laid-eval."
+        )
+    try:
+        return LoadedSpectrum(folder, SpectrumRun.model_validate(document))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"'{file}' is damaged: field {where!r}: {first['msg']}.") from None

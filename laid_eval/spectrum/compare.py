@@ -1,0 +1,367 @@
+"""Teacher against student: what of the teacher's reach and of its low frequencies the student keeps.
+
+Layers are matched by relative depth. Beside each number stands its noise floor (the same between the student's own
+odd and even texts) and a permutation p-value, whole layers flipped. Each definition is spelled out in
+its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laid_eval.errors import UserError
+from laid_eval.spectra import Compared, LoadedSpectrum
+from laid_eval.spectrum.distance import js_divergence, wasserstein_octaves
+from laid_eval.spectrum.fourier import normalised
+from laid_eval.spectrum.intervals import sign_flip_p, text_interval
+from laid_eval.spectrum.observe import BANDS
+from laid_eval.spectrum.summary import far_bins, far_distance, outside_sinks, usage_share
+
+Arrays = dict[str, NDArray[Any]]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measures, and arrays for a picture."""
+
+    measures: tuple[Compared, ...]
+    arrays: Arrays
+    """gain_db (L, F) and wavelength (F,), tokens, where pairs agree; keep_r2 (L, F) where keys were compared."""
+    notes: tuple[str, ...]
+
+
+def compare_spectra(
+    student: LoadedSpectrum, teacher: LoadedSpectrum, mixing: Mixing | None = None, seed: int = 0
+) -> Comparison:
+    """Compare two spectrum runs of the same length.
+
+    Args:
+        student: A run.
+        teacher: A run.
+        mixing: Keys of both on one text, from `key_grams`; `None`: no mixing residual.
+        seed: Of the permutations.
+
+    Raises:
+        UserError: The runs have other lengths.
+    """
+    length = student.header.settings.length
+    if teacher.header.settings.length != length:
+        raise UserError(
+            f"The runs can't be compared: the student was measured at {length:,} tokens, the teacher at "
+            f"{teacher.header.settings.length:,}. Measure both at one --length."
+        )
+    confidence = student.header.settings.confidence
+    own, other = student.arrays, teacher.arrays
+    match = matched_layers(len(own["layers"]), len(other["layers"]))
+    other = {name: _at_layers(name, x, match) for name, x in other.items()}
+    notes: list[str] = []
+    found = [_compared(m, own, other, confidence, seed) for m in _measures(own, other, length, notes)]
+    arrays: Arrays = {}
+    if _same_pairs(own, other):
+        gain = _gain(own, other)
+        arrays = {"gain_db": gain, "wavelength": 2 * np.pi / own["theta"][_turning(own)[0]]}
+    if mixing is not None:
+        found += _mixing(mixing, seed)
+        arrays["key_r2"] = mixing.by_pair
+    return Comparison(tuple(found), arrays, tuple(notes))
+
+
+def matched_layers(student: int, teacher: int) -> NDArray[np.int64]:
+    """(student,) the teacher's layer at the same relative depth.
+
+    >>> matched_layers(3, 5).tolist()
+    [0, 2, 4]
+    """
+    return np.round(np.linspace(0, teacher - 1, student)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    name: str
+    unit: str
+    definition: str
+    per_layer: Callable[[Arrays, Arrays], Floats]
+    """Of two sets of arrays: (T, L) values."""
+    perfect: float
+    """Its value where both are equal."""
+
+
+def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list[_Measure]:
+    far = far_distance(length, 8)
+    near = 8 / length
+    out = [
+        _Measure(
+            "far_mass_preservation",
+            "0..1",
+            f"attention outside sinks at {far:,} tokens or more: overlap of student's and teacher's octave masses over "
+            "the teacher's mass; mean over layers",
+            lambda s, t: _overlap(_layer_mean(outside_sinks(s)), _layer_mean(outside_sinks(t)), far_bins(length, 8)),
+            1.0,
+        ),
+        _Measure(
+            "spectral_divergence",
+            "nats",
+            "Jensen-Shannon divergence between the layer-mean |H|^2, each scaled to sum one over the frequency grid",
+            lambda s, t: js_divergence(_layer_mean(s["power"]), _layer_mean(t["power"])),
+            0.0,
+        ),
+        _Measure(
+            "frequency_leakage",
+            "share",
+            f"what the teacher's scaled |H|^2 has more than the student's at nu <= {near:.2g} cycles/token",
+            lambda s, t: _leakage(s, t, near),
+            0.0,
+        ),
+    ]
+    if "usage" not in own or "usage" not in other:
+        notes.append("one of the models has no rotary pairs: only attention is compared")
+        return out
+    low = max(edge for edge in BANDS if edge <= max(length / 2, BANDS[1]))
+    pick = slice(BANDS.index(low), None)
+    out.append(
+        _Measure(
+            "low_frequency_utility",
+            "0..1",
+            f"rotation utility of pairs with wavelengths from {low:,.0f} tokens: the lesser of both models' over the "
+            "teacher's; mean over layers",
+            lambda s, t: _overlap(_layer_mean(s["utility"]), _layer_mean(t["utility"]), pick),
+            1.0,
+        )
+    )
+    if not _same_pairs(own, other):
+        notes.append("rotary frequencies or head sizes differ: pairs are not compared one by one, only by band")
+        out.append(
+            _Measure(
+                "low_frequency_energy",
+                "0..1",
+                f"share of usage in pairs with wavelengths from {low:,.0f} tokens: the lesser of both over the "
+                "teacher's; mean over layers",
+                lambda s, t: _overlap(_low_share(s, low), _low_share(t, low), slice(None)),
+                1.0,
+            )
+        )
+        return out
+    with np.errstate(divide="ignore"):
+        wavelength = 2 * np.pi / own["theta"][_turning(own)[0]]
+    finite = np.isfinite(wavelength)
+    chosen = finite & (wavelength >= low)
+    octaves = np.log2(wavelength[finite])
+    return [
+        *out,
+        _Measure(
+            "low_frequency_energy",
+            "0..1",
+            f"usage shares of pairs with wavelengths from {low:,.0f} tokens: overlap over the teacher's; mean over "
+            "layers",
+            lambda s, t: _overlap(_layer_mean(usage_share(s)), _layer_mean(usage_share(t)), chosen),
+            1.0,
+        ),
+        _Measure(
+            "usage_distance",
+            "octaves",
+            "Wasserstein-1 distance between usage shares over log2 wavelength; mean over layers",
+            lambda s, t: _transport(s, t, finite, octaves)[0],
+            0.0,
+        ),
+        _Measure(
+            "usage_shift",
+            "octaves",
+            "mean log2 wavelength of usage, student minus teacher: negative is a loss of long wavelengths",
+            lambda s, t: _transport(s, t, finite, octaves)[1],
+            0.0,
+        ),
+        _Measure(
+            "low_frequency_gain",
+            "dB",
+            f"10 log10 of student's over teacher's usage of pairs with wavelengths from {low:,.0f} tokens; mean over "
+            "layers and pairs",
+            lambda s, t: _gain_per_text(s, t)[..., chosen].mean(-1),
+            0.0,
+        ),
+    ]
+
+
+def _compared(m: _Measure, own: Arrays, other: Arrays, confidence: float, seed: int) -> Compared:
+    """One measure with interval, floor and p over layers."""
+    texts = min(len(own["sink"]), len(other["sink"]))
+    values = m.per_layer(_texts(own, slice(texts)), _texts(other, slice(texts)))  # (T, L)
+    interval = text_interval(np.nanmean(values, axis=1), confidence)
+    floor, p = None, None
+    if texts >= 2:
+        half = texts // 2
+        even, odd = _texts(own, slice(0, 2 * half, 2)), _texts(own, slice(1, 2 * half, 2))
+        floors = m.per_layer(odd, even)
+        floor = float(np.nanmean(floors))
+        # signed measures are tested against zero, distances against what texts alone do
+        beyond = np.nanmean(values, axis=0) - m.perfect
+        if m.name not in ("usage_shift", "low_frequency_gain"):
+            beyond = np.abs(beyond) - np.abs(np.nanmean(floors, axis=0) - m.perfect)
+        p = sign_flip_p(beyond, seed)
+    low, high = (float(x) if np.isfinite(x) else None for x in (interval.low, interval.high))
+    return Compared(
+        name=m.name,
+        unit=m.unit,
+        definition=m.definition,
+        value=float(interval.mean),
+        low=low,
+        high=high,
+        floor=floor,
+        p=p,
+    )
+
+
+def _at_layers(name: str, x: NDArray[Any], match: NDArray[np.int64]) -> NDArray[Any]:
+    if name in ("distances", "frequencies"):
+        return x
+    return x[match] if name in ("layers", "theta", "scale", "profile", "logit", "moment", "rms") else x[:, match]
+
+
+def _texts(arrays: Arrays, pick: slice) -> Arrays:
+    once = ("layers", "theta", "scale", "profile", "logit", "moment", "rms", "distances", "frequencies")
+    return {name: x if name in once else x[pick] for name, x in arrays.items()}
+
+
+def _layer_mean(x: NDArray[Any]) -> Floats:
+    """(T, L, ...) mean over heads of (T, L, H, ...)."""
+    return np.asarray(np.nanmean(x.astype(np.float64), axis=2))
+
+
+def _overlap(student: Floats, teacher: Floats, pick: Any) -> Floats:
+    """(T, L) sum of the lesser of two (T, L, K) over the sum of the second, within `pick`; 1 where that is nothing."""
+    whole = teacher[..., pick].sum(-1)
+    both = np.minimum(student, teacher)[..., pick].sum(-1)
+    return np.where(whole > 1e-9, both / np.where(whole > 1e-9, whole, 1.0), 1.0)
+
+
+def _leakage(student: Arrays, teacher: Arrays, cut: float) -> Floats:
+    low = teacher["frequencies"] <= cut
+    own, other = (normalised(_layer_mean(a["power"])) for a in (student, teacher))
+    return np.asarray(np.maximum(other - own, 0)[..., low].sum(-1))
+
+
+def _turning(arrays: Arrays) -> NDArray[np.int64]:
+    return np.flatnonzero(~np.isnan(arrays["theta"]).all(axis=1))
+
+
+def _same_pairs(own: Arrays, other: Arrays) -> bool:
+    if "usage" not in own or "usage" not in other:
+        return False
+    return own["theta"].shape[1] == other["theta"].shape[1] and bool(
+        np.allclose(own["theta"], other["theta"], rtol=1e-5, atol=0, equal_nan=True)
+    )
+
+
+def _low_share(arrays: Arrays, low: float) -> Floats:
+    """(T, L, 1) mean over heads of the usage share of wavelengths from `low` tokens."""
+    with np.errstate(divide="ignore"):
+        chosen = 2 * np.pi / arrays["theta"] >= low
+    share = np.where(chosen[None, :, None], usage_share(arrays), 0)
+    return np.asarray(np.nansum(share, axis=-1).mean(axis=2)[..., None])
+
+
+def _transport(student: Arrays, teacher: Arrays, finite: NDArray[np.bool_], octaves: Floats) -> tuple[Floats, Floats]:
+    own, other = (_layer_mean(usage_share(a))[..., finite] for a in (student, teacher))
+    moved = wasserstein_octaves(own, other, octaves)
+    return moved.distance, moved.shift
+
+
+def _gain_per_text(student: Arrays, teacher: Arrays) -> Floats:
+    """(T, L, F) dB of usage, mean over heads, student over teacher."""
+    own, other = (_layer_mean(a["usage"]) for a in (student, teacher))
+    return np.asarray(10 * np.log10(np.maximum(own, 1e-20) / np.maximum(other, 1e-20)))
+
+
+def _gain(student: Arrays, teacher: Arrays) -> Floats:
+    return np.asarray(_gain_per_text(student, teacher).mean(axis=0))
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How well mixtures of the teacher's key heads give the student's, on held-out tokens. L layers, F pairs."""
+
+    by_layer: Floats
+    """(L,) R^2."""
+    floor: Floats
+    """(L,) the same with the teacher's keys of another text."""
+    by_pair: Floats
+    """(L, F) R^2 of each rotary pair."""
+    low: Floats
+    """(L,) R^2 over pairs that turn less than once in the text, weighted by their energy; NaN without such."""
+
+
+def mix_keys(
+    student: Sequence[NDArray[np.complex128]],
+    teacher: Sequence[NDArray[np.complex128]],
+    other_text: Sequence[NDArray[np.complex128]],
+    low: NDArray[np.bool_],
+) -> Mixing:
+    """Closed-form best real mixture of teacher key heads for every student key head, layer by layer.
+
+    minimise ||K_s - sum_g w_g K_t,g||^2 over w on the first half of the tokens (ridge 1e-6 of the trace), judged on
+    the second half: what LAid's learned mixture can reach at best (its alignment loss, arXiv 2512.21576).
+
+    Args:
+        student: Per layer (G, N, F) complex key pairs.
+        teacher: Per matched layer (G', N, F), same tokens.
+        other_text: The teacher's on another text: the floor.
+        low: (F,) pairs that count as low.
+    """
+    found = [_residual(s, t) for s, t in zip(student, teacher, strict=True)]
+    floors = [_residual(s, t) for s, t in zip(student, other_text, strict=True)]
+    return Mixing(
+        by_layer=np.array([_explained(left, whole) for left, whole in found]),
+        floor=np.array([_explained(left, whole) for left, whole in floors]),
+        by_pair=np.array([1 - left / np.maximum(whole, 1e-30) for left, whole in found]),
+        low=np.array([_explained(left[low], whole[low]) if low.any() else np.nan for left, whole in found]),
+    )
+
+
+def _explained(left: Floats, whole: Floats) -> float:
+    return float(1 - left.sum() / max(whole.sum(), 1e-30))
+
+
+def mixture(student: NDArray[np.complex128], teacher: NDArray[np.complex128]) -> Floats:
+    """(G, G') weights of the least-squares mixture of teacher key heads (G', N, F) for student heads (G, N, F)."""
+    gram = np.einsum("gnf,hnf->gh", teacher.conj(), teacher).real
+    right = np.einsum("gnf,hnf->gh", teacher.conj(), student).real
+    ridge = 1e-6 * np.trace(gram) / len(gram)
+    return np.asarray(np.linalg.solve(gram + ridge * np.eye(len(gram)), right).T)
+
+
+def _residual(student: NDArray[np.complex128], teacher: NDArray[np.complex128]) -> tuple[Floats, Floats]:
+    half = student.shape[1] // 2
+    weights = mixture(student[:, :half], teacher[:, :half])
+    left = student[:, half:] - np.einsum("gh,hnf->gnf", weights, teacher[:, half:])
+    return (np.abs(left) ** 2).sum(axis=(0, 1)), (np.abs(student[:, half:]) ** 2).sum(axis=(0, 1))
+
+
+def _mixing(mixing: Mixing, seed: int) -> list[Compared]:
+    out = [
+        Compared(
+            name="key_mixing_r2",
+            unit="R^2",
+            definition="share of the student's key energy that the best mixture of the matched teacher layer's key "
+            "heads gives, on held-out tokens; mean over layers. Floor: the teacher reads another text",
+            value=float(mixing.by_layer.mean()),
+            floor=float(mixing.floor.mean()),
+            p=sign_flip_p(mixing.by_layer - mixing.floor, seed),
+        )
+    ]
+    if not np.isnan(mixing.low).all():
+        out.append(
+            Compared(
+                name="key_mixing_r2_low",
+                unit="R^2",
+                definition="the same over pairs that turn less than once in the text, weighted by their energy",
+                value=float(np.nanmean(mixing.low)),
+                floor=None,
+                p=None,
+            )
+        )
+    return out

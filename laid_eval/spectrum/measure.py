@@ -1,0 +1,322 @@
+"""One model's spectrum into one run folder, a text at a time; goes on where a killed run was."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from laid_eval.environment import environment
+from laid_eval.errors import UserError
+from laid_eval.models.capture import ROWS, check_capture
+from laid_eval.models.cost import Shape, free_memory, shape_of
+from laid_eval.models.fork import why_not_forked
+from laid_eval.models.frame import Frame, frame_of
+from laid_eval.models.load import Described, LoadedModel, load
+from laid_eval.models.rotary import Rotary, rotaries
+from laid_eval.records import ModelInfo
+from laid_eval.runs import HEADER, write_atomically
+from laid_eval.spectra import (
+    HEADS,
+    SPECTRA,
+    Band,
+    Estimate,
+    LoadedSpectrum,
+    SpectrumCost,
+    SpectrumRun,
+    SpectrumSettings,
+    WhatIf,
+    load_spectrum,
+    save_arrays,
+    save_spectrum,
+)
+from laid_eval.spectrum.causes import knockout_losses, what_if
+from laid_eval.spectrum.collect import Arrays, finish, load_part, mass_residual, observe_text, save_part
+from laid_eval.spectrum.heads import content_shift, retrieval_scores
+from laid_eval.spectrum.intervals import text_interval
+from laid_eval.spectrum.knockout_window import knockout_windows
+from laid_eval.spectrum.observe import SINKS
+from laid_eval.spectrum.summary import bands, coverage, head_table, metrics, top_heads
+from laid_eval.spectrum.texts import needles, prose, shuffled
+from laid_eval.window.haystack import Corpus
+from laid_eval.window.probes import load_probe
+
+SHORTEST = 256
+"""Tokens: below, half a text holds too few octaves of distance."""
+_HEADS_LENGTH = 2048  # of needle texts
+_CONTENT_LENGTH = 1024  # of the text that is shuffled
+_PARTS = "parts"
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a measurement stands, for a live line."""
+
+    folder: Path
+    what: str
+    done: int
+    total: int
+
+
+Report = Callable[[Progress], None]
+
+
+def measure(
+    described: Described, settings: SpectrumSettings, corpus: Corpus, folder: Path, report: Report
+) -> LoadedSpectrum:
+    """One model, into one folder."""
+    earlier = _earlier(folder, described.info, settings)
+    if earlier and earlier.header.status == "complete":
+        return earlier
+    check_memory(described, shape_of(described), settings.length)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    loaded = load(described)
+    run = SpectrumRun(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        status="partial",
+        model=loaded.info,
+        settings=settings,
+        environment=environment(),
+        notes=_notes(loaded.info),
+    )
+    gap = check_capture(loaded.model)
+    rotary = rotaries(loaded.model, settings.length)
+    frame = frame_of(loaded.tokenizer)
+    ids = prose(corpus, frame, settings.length, settings.texts, settings.seed)
+    save_spectrum(folder, run)
+    parts = _texts(loaded.model, ids, rotary, settings, folder, report)
+    arrays = finish(parts, rotary, settings.length)
+    run = _summarised(run, arrays, rotary, parts, gap)
+    table, notes = _heads(loaded, arrays, ids, rotary, settings, corpus, frame, folder, report)
+    found = _bands_without(loaded, run.bands, ids, settings, folder, report)
+    guesses, kernels = _guesses(loaded.model, ids[0], arrays, rotary, settings, folder, report)
+    save_arrays(folder / SPECTRA, arrays | kernels)
+    write_atomically(folder / HEADS, table.to_csv(index=False, float_format="%.6g"))
+    passes = settings.texts * (1 + (len(found) + 1 if settings.knockout != "no" else 0)) + len(guesses)
+    run = run.model_copy(
+        update={
+            "status": "complete",
+            "top_heads": top_heads(table),
+            "bands": found,
+            "what_if": guesses,
+            "notes": (*run.notes, *notes),
+            "cost": SpectrumCost(
+                tokens=passes * settings.length,
+                seconds=round(time.perf_counter() - started, 1),
+                peak_memory_bytes=_peak(loaded.model.device),
+            ),
+        }
+    )
+    save_spectrum(folder, run)
+    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    return load_spectrum(folder)
+
+
+def _earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> LoadedSpectrum | None:
+    """The run already in the folder, if it is of the same model and settings."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out '{folder}' is a file; give a folder.")
+    if not (folder / HEADER).exists():
+        if folder.is_dir() and any(p for p in folder.iterdir() if p.name not in ("teacher", _PARTS)):
+            raise UserError(f"--out '{folder}' holds other files. Name a new or empty folder, or a spectrum run's.")
+        return None
+    earlier = load_spectrum(folder)
+    head = earlier.header
+    same = (head.model.fingerprint, head.model.dtype, head.model.rope_scaling, head.settings) == (
+        info.fingerprint,
+        info.dtype,
+        info.rope_scaling,
+        settings,
+    )
+    if not same:
+        raise UserError(
+            f"--out '{folder}' holds a spectrum of another model or with other settings. Choose another folder."
+        )
+    return earlier
+
+
+def _texts(
+    model: PreTrainedModel,
+    ids: Sequence[Sequence[int]],
+    rotary: Sequence[Rotary | None],
+    settings: SpectrumSettings,
+    folder: Path,
+    report: Report,
+) -> list[Arrays]:
+    """Raw arrays of every text, from the disk where an earlier session finished one."""
+    parts = []
+    total = len(ids) * len(rotary)
+    for k, text in enumerate(ids):
+        path = folder / _PARTS / f"text-{k}.npz"
+        part = load_part(path)
+        if part is None:
+            part = observe_text(
+                model,
+                text,
+                rotary,
+                settings.queries,
+                settings.seed + k,
+                kernels=k == 0,
+                progress=lambda layer, k=k: report(  # type: ignore[misc]
+                    Progress(folder, f"text {k + 1} of {len(ids)}", k * len(rotary) + layer + 1, total)
+                ),
+            )
+            save_part(path, part)
+        parts.append(part)
+    return parts
+
+
+def _summarised(
+    run: SpectrumRun, arrays: Arrays, rotary: Sequence[Rotary | None], parts: list[Arrays], gap: float
+) -> SpectrumRun:
+    n, confidence = run.settings.length, run.settings.confidence
+    notes = list(run.notes)
+    still = [i for i, r in enumerate(rotary) if r is None]
+    if len(still) == len(rotary):
+        notes.append("the model has no rotary pairs: only its attention is analysed")
+    elif still:
+        notes.append(f"layers without rotation: {', '.join(map(str, still))}")
+    missing = sorted(set(range(len(rotary))) - set(arrays["layers"].tolist()))
+    if missing:
+        notes.append(f"layers without attention: {', '.join(map(str, missing))}")
+    has_pairs = "usage" in arrays
+    return run.model_copy(
+        update={
+            "checks": {"logit_gap": gap, "mass_residual": mass_residual(parts)},
+            "metrics": metrics(arrays, n, confidence),
+            "bands": bands(arrays, confidence),
+            "coverage": coverage(rotary, arrays, n) if has_pairs else (),
+            "notes": tuple(notes),
+        }
+    )
+
+
+def _heads(
+    loaded: LoadedModel,
+    arrays: Arrays,
+    ids: Sequence[Sequence[int]],
+    rotary: Sequence[Rotary | None],
+    settings: SpectrumSettings,
+    corpus: Corpus,
+    frame: Frame,
+    folder: Path,
+    report: Report,
+) -> tuple[pd.DataFrame, list[str]]:
+    """The table of heads, with what needs texts of its own."""
+    notes: list[str] = []
+    n, seed = settings.length, settings.seed
+    report(Progress(folder, "heads: shuffled text", 0, 2))
+    text = list(ids[0][: min(_CONTENT_LENGTH, n)])
+    content = content_shift(loaded.model, text, shuffled(text, SINKS, seed), rotary, seed)
+    report(Progress(folder, "heads: needles", 1, 2))
+    retrieval = None
+    reason = why_not_forked(loaded.model, n)
+    if reason:
+        notes.append(f"no retrieval scores: {reason}")
+    else:
+        probe = load_probe("needle")
+        size = min(_HEADS_LENGTH, n)
+        retrieval = retrieval_scores(loaded.model, [needles(probe, corpus, frame, size, seed + k) for k in range(2)])
+    return head_table(arrays, n, settings.confidence, retrieval, content), notes
+
+
+def _bands_without(
+    loaded: LoadedModel,
+    found: tuple[Band, ...],
+    ids: Sequence[Sequence[int]],
+    settings: SpectrumSettings,
+    folder: Path,
+    report: Report,
+) -> tuple[Band, ...]:
+    """Bands with what their knockout does."""
+    if settings.knockout == "no":
+        return found
+    count = [0]
+
+    def step(what: str) -> None:
+        count[0] += 1
+        report(Progress(folder, what, count[0] - 1, len(found)))
+
+    losses = knockout_losses(loaded.model, ids, step)
+    windows: dict[float, str] = {}
+    if settings.knockout == "window":
+        windows = knockout_windows(loaded, found, settings, folder, step)
+    out = []
+    for band in found:
+        values = text_interval(losses[band.low], settings.confidence)
+        mean, low, high = (float(x) if np.isfinite(x) else None for x in values)
+        out.append(
+            band.model_copy(
+                update={
+                    "knockout": Estimate(value=mean, low=low, high=high),
+                    "knockout_window": windows.get(band.low),
+                }
+            )
+        )
+    return tuple(out)
+
+
+def _guesses(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    arrays: Arrays,
+    rotary: Sequence[Rotary | None],
+    settings: SpectrumSettings,
+    folder: Path,
+    report: Report,
+) -> tuple[tuple[WhatIf, ...], Arrays]:
+    """Predictions under other scalings, with the kernels they predicted and that were seen."""
+    if settings.what_if and "moment" not in arrays:
+        raise UserError("--what-if needs rotary position embeddings; this model has none.")
+    records, kernels = [], {}
+    for k, scaling in enumerate(settings.what_if):
+        report(Progress(folder, f"what if {scaling}", k, len(settings.what_if)))
+        record, predicted, measured = what_if(model, scaling, ids, arrays, rotary)
+        records.append(record)
+        kernels[f"what_if_{k}_predicted"] = predicted.astype(np.float32)
+        kernels[f"what_if_{k}_measured"] = measured.astype(np.float32)
+    return tuple(records), kernels
+
+
+def check_memory(described: Described, shape: Shape, length: int) -> None:
+    """Refuse a length before anything is allocated.
+
+    Raises:
+        UserError: More is needed than is free; names a length that fits.
+    """
+    text = described.text_config
+    wide = getattr(text, "intermediate_size", None) or 4 * shape.hidden
+    per_token = (4 * wide + 12 * shape.hidden + 8 * shape.heads * shape.head_dim) * shape.itemsize
+    per_token += ROWS * shape.heads * 4 * 8  # rows of probabilities and their copies
+    per_token += 2 * shape.head_dim * 8 * 12  # FFTs of one head
+    weights = shape.parameters * shape.itemsize
+    free = free_memory(described.device)
+    if weights + per_token * length > free:
+        fits = int((free - weights) / per_token) // 256 * 256
+        room = f"About {fits:,} tokens fit: --length {fits}." if fits >= SHORTEST else "Take a smaller model."
+        raise UserError(
+            f"A spectrum of {described.source.name!r} at {length:,} tokens needs about "
+            f"{(weights + per_token * length) / _GIB:.1f} GiB; {free / _GIB:.1f} GiB are free. {room}"
+        )
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _notes(info: ModelInfo) -> tuple[str, ...]:
+    return () if info.dtype == "float32" else (f"computed in {info.dtype}: small differences drown in its rounding",)

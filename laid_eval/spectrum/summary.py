@@ -1,0 +1,297 @@
+"""From arrays to numbers: metrics, bands of wavelengths, coverage, one row a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from laid_eval.models.rotary import Rotary
+from laid_eval.spectra import Band, Coverage, Estimate, HeadScore, Metric
+from laid_eval.spectrum.coverage import coverage_class, discrimination_horizon
+from laid_eval.spectrum.distance import octave_edges
+from laid_eval.spectrum.fourier import normalised
+from laid_eval.spectrum.intervals import text_interval
+from laid_eval.spectrum.observe import BANDS, stationary_width
+
+Arrays = dict[str, NDArray[Any]]
+Floats = NDArray[np.float64]
+
+LOCAL = 64
+"""Tokens: mass nearer than this is local."""
+KINDS = {"sink": 0.5, "local": 0.8, "positional": 0.5, "global": 0.3, "retrieval": 0.1}
+"""A head is of a kind from this score on; a head may be of several kinds. 0.1 for retrieval: Wu et al. 2024."""
+CONTENT_FREE = 0.05
+"""A positional head's profile moves less than this (nats, Jensen-Shannon) when the words are shuffled."""
+_USEFUL = 1e-3  # nats of rotation utility
+_TOP = 5
+
+
+def far_bins(length: int, share: int) -> slice:
+    """Octave bins at distances beyond the largest power of two within `length / share` tokens."""
+    return slice(int(np.log2(length // share)) + 1, None)
+
+
+def far_distance(length: int, share: int) -> int:
+    """Where `far_bins` begin, tokens.
+
+    >>> far_distance(8192, 4), far_distance(6000, 4)
+    (2048, 1024)
+    """
+    return 1 << int(np.log2(length // share))
+
+
+def outside_sinks(arrays: Arrays) -> Floats:
+    """(T, L, H, O) octave masses as shares of what lies outside sinks."""
+    return normalised(arrays["octave"])
+
+
+def usage_share(arrays: Arrays) -> Floats:
+    """(T, L, H, F) share of each pair in its head's usage."""
+    usage = arrays["usage"].astype(np.float64)
+    total = np.nansum(usage, axis=-1, keepdims=True)
+    return np.asarray(usage / np.where(total > 0, total, np.nan))
+
+
+def metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...]:
+    """Means over layers and heads (medians for distances), with intervals over texts."""
+    out = []
+
+    def add(name: str, per_text: NDArray[Any], unit: str, definition: str) -> None:
+        estimate = _estimate(per_text, confidence, 0.0, 1.0 if unit in ("share", "0..1") else np.inf)
+        out.append(Metric(name=name, unit=unit, definition=definition, **estimate.model_dump()))
+
+    def mean(x: NDArray[Any]) -> Floats:
+        return np.asarray(np.nanmean(x.reshape(len(x), -1), axis=1))
+
+    def median(x: NDArray[Any]) -> Floats:
+        return np.asarray(np.nanmedian(x.reshape(len(x), -1), axis=1))
+
+    octave, far = outside_sinks(arrays), far_distance(length, 4)
+    add("sink_mass", mean(arrays["sink"]), "share", "attention on the first 4 tokens; mean over heads")
+    add("attention_entropy", mean(arrays["entropy"]), "nats", "entropy of an attention row; mean over heads")
+    add(
+        "d50", median(arrays["d50"]), "tokens", "distance within which half of the mass outside sinks lies; median head"
+    )
+    add("d90", median(arrays["d90"]), "tokens", "the same for 90% of the mass; unknown beyond half the text")
+    add(
+        "far_mass",
+        mean(octave[..., far_bins(length, 4)].sum(-1)),
+        "share",
+        f"mass outside sinks at {far:,} tokens or more; mean over heads",
+    )
+    near = 4 / stationary_width(length)
+    add(
+        "low_frequency_ratio",
+        mean(arrays["low_ratio"]),
+        "share",
+        f"spectral power of the distance profile at 0 < nu <= {near:.2g} cycles/token (boxcar taper); mean over heads",
+    )
+    add(
+        "low_frequency_ratio_64",
+        mean(arrays["low_ratio_64"]),
+        "share",
+        "the same at 0 < nu <= 1/64 cycles/token",
+    )
+    add(
+        "spectral_centroid",
+        np.exp(mean(np.log(arrays["centroid"]))),
+        "cycles/token",
+        "geometric mean frequency of that power; geometric mean over heads",
+    )
+    add("spectral_entropy", mean(arrays["spectral_entropy"]), "nats", "entropy of that power over frequency")
+    if "usage" in arrays:
+        share = usage_share(arrays)
+        entropy = -np.nansum(np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0), axis=-1)
+        turning = ~np.isnan(arrays["theta"]).all(axis=1)
+        add(
+            "effective_pairs",
+            mean(np.exp(entropy[:, turning])),
+            "pairs",
+            "exp of the entropy of usage over rotary pairs; mean over heads",
+        )
+        add(
+            "phase_concentration",
+            mean(arrays["concentration"]),
+            "0..1",
+            "|mean| over mean length of the un-rotated query pair: 1 is content-free",
+        )
+        low = _low(arrays, length)
+        add(
+            "low_pairs_usage",
+            mean(np.nansum(np.where(low[None, :, None], share, 0), axis=-1)[:, turning]),
+            "share",
+            f"usage of pairs that turn less than once in {length:,} tokens",
+        )
+    return tuple(out)
+
+
+def bands(arrays: Arrays, confidence: float) -> tuple[Band, ...]:
+    """Usage, contribution and utility by range of wavelengths."""
+    if "usage" not in arrays:
+        return ()
+    with np.errstate(divide="ignore"):
+        wavelength = 2 * np.pi / arrays["theta"]  # (L, F)
+    turning = ~np.isnan(arrays["theta"]).all(axis=1)
+    pairs = (~np.isnan(arrays["theta"][turning])).sum(axis=1).mean()
+    share, out = usage_share(arrays)[:, turning], []
+    for b, (low, high) in enumerate(pairwise(BANDS)):
+        inside = ((wavelength >= low) & (wavelength < high))[turning]
+        if not inside.any():
+            continue
+        pick = inside[None, :, None]
+        usage = np.nansum(np.where(pick, share, 0), axis=-1).mean(axis=(1, 2))
+        contribution = np.nansum(np.where(pick, arrays["contribution"][:, turning], 0), axis=-1).mean(axis=(1, 2))
+        utility = np.nanmean(arrays["utility"][:, turning, :, b], axis=(1, 2))
+        even = float(inside.sum(axis=1).mean() / pairs)
+        out.append(
+            Band(
+                low=low,
+                high=None if np.isinf(high) else high,
+                pairs=float(inside.sum(axis=1).mean()),
+                even=even,
+                usage=_estimate(usage, confidence, 0.0, 1.0),
+                contribution=_estimate(contribution, confidence),
+                utility=_estimate(utility, confidence, 0.0),
+                kind=band_kind(float(usage.mean()), even, float(utility.mean())),
+            )
+        )
+    return tuple(out)
+
+
+def band_kind(usage: float, even: float, utility: float) -> Literal["positional", "semantic", "unused", "weak"]:
+    """What a band is for.
+
+    `positional`: unrotating it changes attention (1e-3 nats or more); `semantic`: used (half its even share or more),
+    but as if it did not turn; `unused`: less than a tenth of its even share; `weak`: between.
+    """
+    if utility >= _USEFUL:
+        return "positional"
+    if usage >= even / 2:
+        return "semantic"
+    return "unused" if usage < even / 10 else "weak"
+
+
+def coverage(rotary: Sequence[Rotary | None], arrays: Arrays, length: int) -> tuple[Coverage, ...]:
+    """How far pairs turn, one entry for all layers that share their frequencies."""
+    groups: list[tuple[Rotary, list[int]]] = []
+    for layer, own in enumerate(rotary):
+        if own is None:
+            continue
+        for first, layers in groups:
+            if own.same(first):
+                layers.append(layer)
+                break
+        else:
+            groups.append((own, [layer]))
+    row = {int(layer): i for i, layer in enumerate(arrays["layers"])}
+    out = []
+    for first, layers in groups:
+        kinds = coverage_class(first.theta, length)
+        finite = first.wavelength[np.isfinite(first.wavelength)]
+        rows = [row[layer] for layer in layers if layer in row]
+        weights = np.nanmean(usage_share(arrays)[:, rows], axis=(0, 1, 2))[: len(first.theta)]
+        out.append(
+            Coverage(
+                layers=tuple(layers),
+                pairs=len(first.theta),
+                factor=first.factor,
+                shortest=float(finite.min()) if len(finite) else None,
+                longest=float(finite.max()) if len(finite) else None,
+                full=int((kinds == "full").sum()),
+                partial=int((kinds == "partial").sum()),
+                quasi_dc=int((kinds == "quasi-dc").sum()),
+                none=int((kinds == "none").sum()),
+                horizon=discrimination_horizon(first.theta),
+                horizon_by_usage=discrimination_horizon(first.theta, weights),
+            )
+        )
+    return tuple(out)
+
+
+def head_table(
+    arrays: Arrays, length: int, confidence: float, retrieval: Floats | None, content: Floats | None
+) -> pd.DataFrame:
+    """One row a head: scores (sink, local, positional, global, retrieval), distances, and their intervals.
+
+    Args:
+        arrays: Of the run.
+        length: N, tokens.
+        confidence: Of the intervals over texts.
+        retrieval: (L, H) copy scores on needle questions, or `None`.
+        content: (L, H) divergence of the profile between a text and its shuffled tokens, nats, or `None`.
+    """
+    octave, profile = outside_sinks(arrays), arrays["profile"].astype(np.float64)
+    layers, heads = profile.shape[:2]
+    local_bins = slice(0, int(np.searchsorted(octave_edges(stationary_width(length)), LOCAL)))
+    scores: dict[str, Floats] = {
+        "sink": arrays["sink"] + arrays["learned_sink"],
+        "local": octave[..., local_bins].sum(-1),
+        "global": octave[..., far_bins(length, 4)].sum(-1),
+        "d50": arrays["d50"],
+        "d90": arrays["d90"],
+        "entropy": arrays["entropy"],
+        "low_frequency_ratio": arrays["low_ratio"],
+        "centroid": arrays["centroid"],
+    }
+    table: dict[str, Any] = {
+        "layer": np.repeat(arrays["layers"], heads),
+        "head": np.tile(np.arange(heads), layers),
+    }
+    for name, values in scores.items():
+        interval = text_interval(np.where(np.isfinite(values), values, np.nan), confidence)
+        every = np.isfinite(values).all(axis=0)  # a distance beyond half the text in some text is unknown
+        table[name] = np.where(every, interval.mean, np.nan).ravel()
+        most = 1.0 if name in ("sink", "local", "global", "low_frequency_ratio") else np.inf
+        table[f"{name}_low"] = np.where(every, np.clip(interval.low, 0, None), np.nan).ravel()
+        table[f"{name}_high"] = np.where(every, np.clip(interval.high, None, most), np.nan).ravel()
+    inside = 1 - np.mean(arrays["sink"] + arrays["learned_sink"], axis=0, dtype=np.float64)
+    table["positional"] = (profile[..., :9].max(-1) / np.maximum(inside, 1e-12)).ravel()
+    if content is not None:
+        table["content_shift"] = content.ravel()
+    if retrieval is not None:
+        table["retrieval"] = retrieval.ravel()
+    frame = pd.DataFrame(table)
+    frame = frame[~np.isnan(profile[..., 0]).ravel()]
+    frame["kinds"] = [" ".join(_kinds(row)) for _, row in frame.iterrows()]
+    return frame
+
+
+def top_heads(table: pd.DataFrame) -> dict[str, tuple[HeadScore, ...]]:
+    """The five highest scores of each kind."""
+    out = {}
+    for kind in KINDS:
+        if kind in table:
+            best = table.nlargest(_TOP, kind)
+            out[kind] = tuple(
+                HeadScore(layer=int(r["layer"]), head=int(r["head"]), score=round(float(r[kind]), 4))
+                for _, r in best.iterrows()
+            )
+    return out
+
+
+def _kinds(row: pd.Series[Any]) -> list[str]:
+    found = [kind for kind, least in KINDS.items() if kind in row and row[kind] >= least]
+    if "positional" in found and not row.get("content_shift", 1.0) < CONTENT_FREE:
+        found.remove("positional")
+    return found
+
+
+def _low(arrays: Arrays, length: int) -> NDArray[np.bool_]:
+    """(L, F) pairs that turn, but less than once in `length` tokens."""
+    theta = np.nan_to_num(arrays["theta"])
+    return np.asarray((theta > 0) & (theta * length < 2 * np.pi))
+
+
+def _estimate(per_text: NDArray[Any], confidence: float, least: float = -np.inf, most: float = np.inf) -> Estimate:
+    """Mean and interval, the latter within what is possible; unknown where a text's value is (a distance beyond W)."""
+    if not np.isfinite(per_text).all():
+        return Estimate(value=None)
+    interval = text_interval(per_text, confidence)
+    low, high = np.clip([interval.low, interval.high], least, most)
+    ends = [float(x) if np.isfinite(x) else None for x in (low, high)]
+    return Estimate(value=float(interval.mean), low=ends[0], high=ends[1])
