@@ -23,6 +23,8 @@ def show_why(why: Why, console: Console) -> None:
     console.print()
     console.print(_table("share of the score above chance", "share", why.parts, f"{100 * why.confidence:g}% interval"))
     console.print(verdict(why))
+    took = f" in {why.seconds / 60:.1f} min" if why.seconds else ""
+    console.print(f"cost of this: {why.tokens:,} tokens of text read{took}")
     if why.failed:
         console.print(f"{why.failed} question(s) failed in one of the six ways and are left out")
     console.print()

@@ -21,10 +21,10 @@ split, in shares of the score above chance, (score - chance) / (1 - chance):
 
 The remainder is what two causes do only together (above 0), or what either of them does alone (below 0).
 
-Intervals come from a bootstrap over haystacks, whose questions are one cluster, with percentiles set outward for the
-few clusters there are: level Phi(sqrt(k / (k - 1)) t_(k-1)) instead of Phi(z) (Hesterberg 2015, "What teachers should
-know about the bootstrap", The American Statistician 69, expanded percentile interval). Where a difference is the same
-for every question a bootstrap sees no error at all; there the interval is what that many equal questions still allow,
+Intervals are mean +- t_(k-1) sqrt(k / (k - 1)) s, where s is the standard error that a bootstrap over the k haystacks
+gives, whose questions are one cluster: percentiles of so few clusters could not reach far enough (Hesterberg 2015,
+"What teachers should know about the bootstrap", The American Statistician 69). Where haystacks happen to score alike a
+bootstrap sees no error at all, so no interval of n scores is narrower than what n equal answers still allow,
 1 - (alpha / 2)^(1 / n) (the rule of three).
 """
 
@@ -36,7 +36,7 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import norm, t
+from scipy.stats import t
 
 from laid_eval.errors import UserError
 from laid_eval.records import Condition, Why, WhyValue
@@ -132,7 +132,7 @@ def explain(
     above = (raw - chance) / (1 - chance)
     conditions = []
     for k, name in enumerate(CONDITIONS):
-        score = _interval(raw[:, k], haystack, weights, confidence, (0.0, 1.0))
+        score = _interval(raw[:, k], haystack, weights, confidence, (0.0, 1.0), 1.0)
         conditions.append(_value(name, WORDS[name], score, _interval(nats[:, k], haystack, weights, confidence)))
     parts = []
     for part in PARTS:
@@ -195,17 +195,13 @@ def _interval(
     weights: Floats,
     confidence: float,
     bounds: tuple[float, float] = (-np.inf, np.inf),
-    step: float = 1.0,
+    step: float = 0.0,
 ) -> Floats:
-    """Mean of one value a question, low and high end; `step` is the change that one whole question makes."""
+    """Mean of one value a question, low and high end; `step` is the change that one whole question makes, 0: none."""
     mean, n, k = float(values.mean()), len(values), weights.shape[1]
     alpha = 1 - confidence
-    if np.ptp(values) < 1e-12:
-        reach = step * (1 - (alpha / 2) ** (1 / n))
-        return np.array([mean, max(mean - reach, bounds[0]), min(mean + reach, bounds[1])])
     _, cluster = np.unique(haystack, return_inverse=True)
     sums, counts = np.bincount(cluster, values), np.bincount(cluster).astype(float)
-    draws = (weights @ sums) / (weights @ counts)
-    level = norm.cdf(np.sqrt(k / (k - 1)) * t.ppf(alpha / 2, k - 1))
-    low, high = np.quantile(draws, [level, 1 - level])
-    return np.array([mean, min(low, mean), max(high, mean)])
+    error = np.std((weights @ sums) / (weights @ counts)) * np.sqrt(k / (k - 1))
+    reach = max(float(t.ppf(1 - alpha / 2, k - 1) * error), step * (1 - (alpha / 2) ** (1 / n)))
+    return np.array([mean, max(mean - reach, bounds[0]), min(mean + reach, bounds[1])])

@@ -109,6 +109,23 @@ def test_causes_that_each_suffice_overlap():
     assert re.search(r"(position|dilution) alone 0\.\d\d, (position|dilution) alone .*, which overlap", verdict(why))
 
 
+def test_haystacks_that_happen_to_score_alike_do_not_make_a_sure_thing():
+    """One wrong answer in each of six haystacks: a bootstrap over haystacks alone would see no error."""
+    table = answers(dict.fromkeys(CONDITIONS, 1))
+    table.loc[(table["condition"] == "full") & (table["question"] == "fact0"), "score"] = 0.0
+    loss = explain(table, STUDY).part("loss")
+    assert loss.high - loss.low == pytest.approx(2 * (1 - 0.025 ** (1 / 72)) / (1 - CHANCE))
+
+
+def test_fewer_haystacks_leave_more_doubt():
+    table = answers(ONLY["position"], spread=0.1)
+    widths = [
+        part.high - part.low for k in (2, 3, 6) for part in [explain(table[table["haystack"] < k], STUDY).part("loss")]
+    ]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > 3 * widths[2]
+
+
 def test_a_question_that_failed_in_one_way_is_left_out_of_all():
     table = answers(ONLY["position"])
     worse = table.copy()

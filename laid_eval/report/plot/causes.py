@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from laid_eval.records import Why
 
 _WORDS = {
-    "position": "position: the needle is far away",
-    "dilution": "dilution: so much filler",
+    "position": "position alone: the needle is far away",
+    "dilution": "dilution alone: so much filler",
     "distractors": "distractors: the other facts",
-    "remainder": "only together",
-    "recovered": "needle told next to the question",
+    "remainder": "the rest (below 0: causes overlap)",
+    "recovered": "won back: needle told next to the question",
 }
 _ROWS = ("comprehension", "loss", *CAUSES, "recovered")
 _WHOLE, _WON, _OTHER = "#555555", "#009E73", "#999999"  # loss and recovery apart from the causes
