@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 import pandas as pd
@@ -138,7 +140,8 @@ class Compared(Record):
     floor: float | None
     """The same measure between the student's own odd and even texts: what texts alone do. `None`: fewer than two."""
     p: float | None
-    """Permutation p-value over layers (sign flips) that the two differ by more than the floor."""
+    """Permutation p-value over layers (sign flips): one-sided, that they differ by more than the floor; of signed
+    measures (shift, gain) two-sided, against zero."""
 
 
 class WhatIf(Record):
@@ -237,7 +240,7 @@ class LoadedSpectrum:
         try:
             with np.load(self.path / SPECTRA, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, ZlibError) as error:
             raise UserError(f"'{self.path / SPECTRA}' can't be read ({type(error).__name__}); measure again.") from None
 
     @property

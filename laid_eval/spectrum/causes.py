@@ -72,7 +72,13 @@ def rescaled(model: PreTrainedModel, scaling: str) -> Iterator[None]:
     if kind == "base":
         _scale_base(inner, scaling, number)
     else:
-        scale_rope(config, scaling)
+        try:
+            scale_rope(config, scaling)
+        except UserError:
+            raise UserError(
+                f"--what-if {scaling!r} can't be done: allowed are base:FACTOR, linear:FACTOR, dynamic:FACTOR and "
+                "yarn:FACTOR, FACTOR above 1, on a model with rotary position embeddings."
+            ) from None
     decoder = model.get_decoder()
     changed: list[tuple[nn.Module, str, nn.Module]] = []
     try:

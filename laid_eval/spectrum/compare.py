@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laid_eval.errors import UserError
-from laid_eval.spectra import Compared, LoadedSpectrum
+from laid_eval.spectra import ARRAYS, Compared, LoadedSpectrum
 from laid_eval.spectrum.distance import js_divergence, wasserstein_octaves
 from laid_eval.spectrum.fourier import normalised
 from laid_eval.spectrum.intervals import sign_flip_p, text_interval
@@ -59,9 +59,10 @@ def compare_spectra(
     confidence = student.header.settings.confidence
     own, other = student.arrays, teacher.arrays
     match = matched_layers(len(own["layers"]), len(other["layers"]))
-    other = {name: _at_layers(name, x, match) for name, x in other.items()}
+    other = {name: _at_layers(name, x, match) for name, x in other.items() if name in ARRAYS}
     notes: list[str] = []
-    found = [_compared(m, own, other, confidence, seed) for m in _measures(own, other, length, notes)]
+    tried = [_compared(m, own, other, confidence, seed) for m in _measures(own, other, length, notes)]
+    found = [measure for measure in tried if measure is not None]
     arrays: Arrays = {}
     if _same_pairs(own, other):
         gain = _gain(own, other)
@@ -90,6 +91,7 @@ class _Measure:
     """Of two sets of arrays: (T, L) values."""
     perfect: float
     """Its value where both are equal."""
+    signed: bool = False
 
 
 def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list[_Measure]:
@@ -152,8 +154,7 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
     finite = np.isfinite(wavelength)
     chosen = finite & (wavelength >= low)
     octaves = np.log2(wavelength[finite])
-    return [
-        *out,
+    out += [
         _Measure(
             "low_frequency_energy",
             "0..1",
@@ -175,7 +176,13 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
             "mean log2 wavelength of usage, student minus teacher: negative is a loss of long wavelengths",
             lambda s, t: _transport(s, t, finite, octaves)[1],
             0.0,
+            signed=True,
         ),
+    ]
+    if not chosen.any():
+        notes.append(f"no rotary pair has a wavelength from {low:,.0f} tokens: there is no low-frequency gain")
+        return out
+    out.append(
         _Measure(
             "low_frequency_gain",
             "dB",
@@ -183,26 +190,34 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
             "layers and pairs",
             lambda s, t: _gain_per_text(s, t)[..., chosen].mean(-1),
             0.0,
-        ),
-    ]
+            signed=True,
+        )
+    )
+    return out
 
 
-def _compared(m: _Measure, own: Arrays, other: Arrays, confidence: float, seed: int) -> Compared:
-    """One measure with interval, floor and p over layers."""
+def _compared(m: _Measure, own: Arrays, other: Arrays, confidence: float, seed: int) -> Compared | None:
+    """One measure with interval, floor and p over layers; `None` where no matched layers both have what it needs."""
     texts = min(len(own["sink"]), len(other["sink"]))
     values = m.per_layer(_texts(own, slice(texts)), _texts(other, slice(texts)))  # (T, L)
+    there = ~np.isnan(values).all(axis=0)  # layers; one that does not rotate has no pairs
+    if not there.any():
+        return None
     interval = text_interval(np.nanmean(values, axis=1), confidence)
     floor, p = None, None
     if texts >= 2:
         half = texts // 2
         even, odd = _texts(own, slice(0, 2 * half, 2)), _texts(own, slice(1, 2 * half, 2))
-        floors = m.per_layer(odd, even)
+        floors = m.per_layer(odd, even)[:, there]
         floor = float(np.nanmean(floors))
         # signed measures are tested against zero, distances against what texts alone do
-        beyond = np.nanmean(values, axis=0) - m.perfect
+        beyond = np.nanmean(values[:, there], axis=0) - m.perfect
         if m.name not in ("usage_shift", "low_frequency_gain"):
             beyond = np.abs(beyond) - np.abs(np.nanmean(floors, axis=0) - m.perfect)
-        p = sign_flip_p(beyond, seed)
+            # nearer to each other than texts are is no difference, however sure it is
+            p = sign_flip_p(beyond, seed) if beyond.sum() > 0 else 1.0
+        else:
+            p = sign_flip_p(beyond, seed)
     low, high = (float(x) if np.isfinite(x) else None for x in (interval.low, interval.high))
     return Compared(
         name=m.name,
@@ -214,6 +229,14 @@ def _compared(m: _Measure, own: Arrays, other: Arrays, confidence: float, seed: 
         floor=floor,
         p=p,
     )
+
+
+def _one_sided(excess: Floats, seed: int) -> float | None:
+    """Permutation p-value over layers that the mean excess is above zero."""
+    p = sign_flip_p(excess, seed)
+    if p is None:
+        return None
+    return p / 2 if np.nanmean(excess) > 0 else 1 - p / 2
 
 
 def _at_layers(name: str, x: NDArray[Any], match: NDArray[np.int64]) -> NDArray[Any]:
@@ -228,15 +251,22 @@ def _texts(arrays: Arrays, pick: slice) -> Arrays:
 
 
 def _layer_mean(x: NDArray[Any]) -> Floats:
-    """(T, L, ...) mean over heads of (T, L, H, ...)."""
-    return np.asarray(np.nanmean(x.astype(np.float64), axis=2))
+    """(T, L, ...) mean over heads of (T, L, H, ...); NaN where no head has a value (layers that do not rotate)."""
+    there = ~np.isnan(x)
+    count = there.sum(axis=2)
+    total: Floats = np.where(there, x, 0).sum(axis=2, dtype=np.float64)
+    return total / np.where(count > 0, count, np.nan)
 
 
 def _overlap(student: Floats, teacher: Floats, pick: Any) -> Floats:
-    """(T, L) sum of the lesser of two (T, L, K) over the sum of the second, within `pick`; 1 where that is nothing."""
+    """(T, L) sum of the lesser of two (T, L, K) over the sum of the second, within `pick`.
+
+    1 where the second is nothing, NaN where either has no value.
+    """
     whole = teacher[..., pick].sum(-1)
     both = np.minimum(student, teacher)[..., pick].sum(-1)
-    return np.where(whole > 1e-9, both / np.where(whole > 1e-9, whole, 1.0), 1.0)
+    kept = np.where(whole > 1e-9, both / np.where(whole > 1e-9, whole, 1.0), 1.0)
+    return np.where(np.isnan(both), np.nan, kept)
 
 
 def _leakage(student: Arrays, teacher: Arrays, cut: float) -> Floats:
@@ -261,8 +291,9 @@ def _low_share(arrays: Arrays, low: float) -> Floats:
     """(T, L, 1) mean over heads of the usage share of wavelengths from `low` tokens."""
     with np.errstate(divide="ignore"):
         chosen = 2 * np.pi / arrays["theta"] >= low
-    share = np.where(chosen[None, :, None], usage_share(arrays), 0)
-    return np.asarray(np.nansum(share, axis=-1).mean(axis=2)[..., None])
+    share = usage_share(arrays)
+    found = np.nansum(np.where(chosen[None, :, None], share, 0), axis=-1)
+    return _layer_mean(np.where(np.isnan(share).all(axis=-1), np.nan, found))[..., None]
 
 
 def _transport(student: Arrays, teacher: Arrays, finite: NDArray[np.bool_], octaves: Floats) -> tuple[Floats, Floats]:
@@ -350,7 +381,7 @@ def _mixing(mixing: Mixing, seed: int) -> list[Compared]:
             "heads gives, on held-out tokens; mean over layers. Floor: the teacher reads another text",
             value=float(mixing.by_layer.mean()),
             floor=float(mixing.floor.mean()),
-            p=sign_flip_p(mixing.by_layer - mixing.floor, seed),
+            p=_one_sided(mixing.by_layer - mixing.floor, seed),
         )
     ]
     if not np.isnan(mixing.low).all():

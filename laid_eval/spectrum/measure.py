@@ -23,7 +23,7 @@ from laid_eval.models.cost import Shape, free_memory, shape_of
 from laid_eval.models.fork import why_not_forked
 from laid_eval.models.frame import Frame, frame_of
 from laid_eval.models.load import Described, LoadedModel, load
-from laid_eval.models.rotary import Rotary, rotaries
+from laid_eval.models.rotary import Rotary, rotaries, unrotated
 from laid_eval.records import ModelInfo
 from laid_eval.runs import HEADER, write_atomically
 from laid_eval.spectra import (
@@ -40,7 +40,7 @@ from laid_eval.spectra import (
     save_arrays,
     save_spectrum,
 )
-from laid_eval.spectrum.causes import knockout_losses, what_if
+from laid_eval.spectrum.causes import knockout_losses, rescaled, what_if
 from laid_eval.spectrum.collect import Arrays, finish, load_part, mass_residual, observe_text, save_part
 from laid_eval.spectrum.heads import content_shift, retrieval_scores
 from laid_eval.spectrum.intervals import text_interval
@@ -51,12 +51,15 @@ from laid_eval.spectrum.texts import needles, prose, shuffled
 from laid_eval.window.haystack import Corpus
 from laid_eval.window.probes import load_probe
 
+LENGTH = 8192
+"""Default length, tokens, where the model claims more."""
 SHORTEST = 256
 """Tokens: below, half a text holds too few octaves of distance."""
 _HEADS_LENGTH = 2048  # of needle texts
 _CONTENT_LENGTH = 1024  # of the text that is shuffled
 _PARTS = "parts"
 _GIB = 1024**3
+_SPARE = 16  # rows a table of positions may have beyond the claimed length (OPT: 2)
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,10 @@ def measure(
     described: Described, settings: SpectrumSettings, corpus: Corpus, folder: Path, report: Report
 ) -> LoadedSpectrum:
     """One model, into one folder."""
-    earlier = _earlier(folder, described.info, settings)
-    if earlier and earlier.header.status == "complete":
-        return earlier
+    before = earlier(folder, described.info, settings)
+    if before and before.header.status == "complete":
+        return before
     check_memory(described, shape_of(described), settings.length)
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     loaded = load(described)
     run = SpectrumRun(
@@ -93,9 +95,13 @@ def measure(
     )
     gap = check_capture(loaded.model)
     rotary = rotaries(loaded.model, settings.length)
+    _check_possible(loaded, rotary, settings)
     frame = frame_of(loaded.tokenizer)
     ids = prose(corpus, frame, settings.length, settings.texts, settings.seed)
-    save_spectrum(folder, run)
+    try:
+        save_spectrum(folder, run)
+    except OSError as error:
+        raise UserError(f"--out '{folder}' can't be written: {error.strerror}. Choose another folder.") from None
     parts = _texts(loaded.model, ids, rotary, settings, folder, report)
     arrays = finish(parts, rotary, settings.length)
     run = _summarised(run, arrays, rotary, parts, gap)
@@ -115,7 +121,7 @@ def measure(
             "cost": SpectrumCost(
                 tokens=passes * settings.length,
                 seconds=round(time.perf_counter() - started, 1),
-                peak_memory_bytes=_peak(loaded.model.device),
+                peak_memory_bytes=peak_memory(loaded.model.device),
             ),
         }
     )
@@ -124,7 +130,7 @@ def measure(
     return load_spectrum(folder)
 
 
-def _earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> LoadedSpectrum | None:
+def earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> LoadedSpectrum | None:
     """The run already in the folder, if it is of the same model and settings."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out '{folder}' is a file; give a folder.")
@@ -132,8 +138,8 @@ def _earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> Loade
         if folder.is_dir() and any(p for p in folder.iterdir() if p.name not in ("teacher", _PARTS)):
             raise UserError(f"--out '{folder}' holds other files. Name a new or empty folder, or a spectrum run's.")
         return None
-    earlier = load_spectrum(folder)
-    head = earlier.header
+    found = load_spectrum(folder)
+    head = found.header
     same = (head.model.fingerprint, head.model.dtype, head.model.rope_scaling, head.settings) == (
         info.fingerprint,
         info.dtype,
@@ -144,7 +150,36 @@ def _earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> Loade
         raise UserError(
             f"--out '{folder}' holds a spectrum of another model or with other settings. Choose another folder."
         )
-    return earlier
+    return found
+
+
+def _check_possible(loaded: LoadedModel, rotary: Sequence[Rotary | None], settings: SpectrumSettings) -> None:
+    """Refuse what the model does not allow before anything is measured.
+
+    Raises:
+        UserError: Changes of rotary pairs that there aren't or that can't be made, or more tokens than positions.
+    """
+    model, info = loaded.model, loaded.info
+    if any(rotary):
+        for scaling in settings.what_if:
+            with rescaled(model, scaling):
+                pass
+        if settings.knockout != "no":
+            with unrotated(model, 0.0, float("inf")):
+                pass
+        return
+    asked = "--what-if" if settings.what_if else "--knockout"
+    if settings.what_if or settings.knockout != "no":
+        raise UserError(f"{asked} needs rotary position embeddings; {info.name!r} has none.")
+    longest = info.claimed_length
+    if longest is None or settings.length <= longest:
+        return
+    tables = [m.num_embeddings for m in model.get_decoder().modules() if isinstance(m, torch.nn.Embedding)]
+    if any(longest <= rows < longest + _SPARE for rows in tables):
+        raise UserError(
+            f"{info.name!r} has learned positions for {longest:,} tokens, --length asks for {settings.length:,}. "
+            f"Measure at --length {longest}."
+        )
 
 
 def _texts(
@@ -278,8 +313,6 @@ def _guesses(
     report: Report,
 ) -> tuple[tuple[WhatIf, ...], Arrays]:
     """Predictions under other scalings, with the kernels they predicted and that were seen."""
-    if settings.what_if and "moment" not in arrays:
-        raise UserError("--what-if needs rotary position embeddings; this model has none.")
     records, kernels = [], {}
     for k, scaling in enumerate(settings.what_if):
         report(Progress(folder, f"what if {scaling}", k, len(settings.what_if)))
@@ -312,7 +345,8 @@ def check_memory(described: Described, shape: Shape, length: int) -> None:
         )
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes: resident memory of the process, or of the accelerator's allocator."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

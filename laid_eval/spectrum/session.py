@@ -15,12 +15,9 @@ from laid_eval.spectra import (
     LoadedSpectrum,
     SpectrumSettings,
 )
-from laid_eval.spectrum.measure import SHORTEST, Progress, Report, measure
+from laid_eval.spectrum.measure import LENGTH, SHORTEST, Progress, Report, measure
 from laid_eval.spectrum.teacher import compare_models
 from laid_eval.window.haystack import Corpus, load_corpus
-
-LENGTH = 8192
-"""Default length where the model claims more."""
 
 
 @dataclass(frozen=True)

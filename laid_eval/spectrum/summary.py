@@ -59,75 +59,47 @@ def usage_share(arrays: Arrays) -> Floats:
 
 def metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...]:
     """Means over layers and heads (medians for distances), with intervals over texts."""
-    out = []
+    octave, far, near = outside_sinks(arrays), far_distance(length, 4), 4 / stationary_width(length)
+    far_mass = octave[..., far_bins(length, 4)].sum(-1)
+    low = f"spectral power of the distance profile at 0 < nu <= {near:.2g} cycles/token (boxcar taper); mean over heads"
+    found = [
+        ("sink_mass", _mean(arrays["sink"]), "share", "attention on the first 4 tokens; mean over heads"),
+        ("attention_entropy", _mean(arrays["entropy"]), "nats", "entropy of an attention row; mean over heads"),
+        ("d50", _median(arrays["d50"]), "tokens", "distance that holds half of the mass outside sinks; median head"),
+        ("d90", _median(arrays["d90"]), "tokens", "the same for 90% of the mass; unknown beyond half the text"),
+        ("far_mass", _mean(far_mass), "share", f"mass outside sinks at {far:,} tokens or more; mean over heads"),
+        ("low_frequency_ratio", _mean(arrays["low_ratio"]), "share", low),
+        ("low_frequency_ratio_64", _mean(arrays["low_ratio_64"]), "share", "the same at 0 < nu <= 1/64 cycles/token"),
+        (
+            "spectral_centroid",
+            np.exp(_mean(np.log(arrays["centroid"]))),
+            "cycles/token",
+            "geometric mean frequency of that power; geometric mean over heads",
+        ),
+        ("spectral_entropy", _mean(arrays["spectral_entropy"]), "nats", "entropy of that power over frequency"),
+    ]
+    out = tuple(_metric(*one, confidence) for one in found)
+    return out + usage_metrics(arrays, length, confidence) if "usage" in arrays else out
 
-    def add(name: str, per_text: NDArray[Any], unit: str, definition: str) -> None:
-        estimate = _estimate(per_text, confidence, 0.0, 1.0 if unit in ("share", "0..1") else np.inf)
-        out.append(Metric(name=name, unit=unit, definition=definition, **estimate.model_dump()))
 
-    def mean(x: NDArray[Any]) -> Floats:
-        return np.asarray(np.nanmean(x.reshape(len(x), -1), axis=1))
-
-    def median(x: NDArray[Any]) -> Floats:
-        return np.asarray(np.nanmedian(x.reshape(len(x), -1), axis=1))
-
-    octave, far = outside_sinks(arrays), far_distance(length, 4)
-    add("sink_mass", mean(arrays["sink"]), "share", "attention on the first 4 tokens; mean over heads")
-    add("attention_entropy", mean(arrays["entropy"]), "nats", "entropy of an attention row; mean over heads")
-    add(
-        "d50", median(arrays["d50"]), "tokens", "distance within which half of the mass outside sinks lies; median head"
-    )
-    add("d90", median(arrays["d90"]), "tokens", "the same for 90% of the mass; unknown beyond half the text")
-    add(
-        "far_mass",
-        mean(octave[..., far_bins(length, 4)].sum(-1)),
-        "share",
-        f"mass outside sinks at {far:,} tokens or more; mean over heads",
-    )
-    near = 4 / stationary_width(length)
-    add(
-        "low_frequency_ratio",
-        mean(arrays["low_ratio"]),
-        "share",
-        f"spectral power of the distance profile at 0 < nu <= {near:.2g} cycles/token (boxcar taper); mean over heads",
-    )
-    add(
-        "low_frequency_ratio_64",
-        mean(arrays["low_ratio_64"]),
-        "share",
-        "the same at 0 < nu <= 1/64 cycles/token",
-    )
-    add(
-        "spectral_centroid",
-        np.exp(mean(np.log(arrays["centroid"]))),
-        "cycles/token",
-        "geometric mean frequency of that power; geometric mean over heads",
-    )
-    add("spectral_entropy", mean(arrays["spectral_entropy"]), "nats", "entropy of that power over frequency")
-    if "usage" in arrays:
-        share = usage_share(arrays)
-        entropy = -np.nansum(np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0), axis=-1)
-        turning = ~np.isnan(arrays["theta"]).all(axis=1)
-        add(
-            "effective_pairs",
-            mean(np.exp(entropy[:, turning])),
-            "pairs",
-            "exp of the entropy of usage over rotary pairs; mean over heads",
-        )
-        add(
-            "phase_concentration",
-            mean(arrays["concentration"]),
-            "0..1",
-            "|mean| over mean length of the un-rotated query pair: 1 is content-free",
-        )
-        low = _low(arrays, length)
-        add(
-            "low_pairs_usage",
-            mean(np.nansum(np.where(low[None, :, None], share, 0), axis=-1)[:, turning]),
-            "share",
-            f"usage of pairs that turn less than once in {length:,} tokens",
-        )
-    return tuple(out)
+def usage_metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...]:
+    """What the usage of the rotary pairs says, means over rotating layers and heads."""
+    turning = ~np.isnan(arrays["theta"]).all(axis=1)
+    share = usage_share(arrays)[:, turning]
+    entropy = -np.nansum(share * np.log(np.where(share > 0, share, 1)), axis=-1)
+    low = np.nansum(np.where(_low(arrays, length)[None, turning, None], share, 0), axis=-1)
+    found = [
+        ("effective_pairs", _mean(np.exp(entropy)), "pairs", "exp of the entropy of usage over pairs; mean over heads"),
+        ("low_pairs_usage", _mean(low), "share", f"usage of pairs that turn less than once in {length:,} tokens"),
+    ]
+    if "concentration" in arrays:
+        definition = "|mean| over mean length of the un-rotated query pair: 1 is content-free"
+        found.append(("phase_concentration", _mean(arrays["concentration"]), "0..1", definition))
+    dominant = _dominant(arrays["theta"][turning], share)
+    if dominant is not None:
+        definition = "wavelength of the pair with the highest usage, mean over layers and heads"
+        found.append(("dominant_wavelength", dominant, "tokens", definition))
+    return tuple(_metric(*one, confidence) for one in found)
 
 
 def bands(arrays: Arrays, confidence: float) -> tuple[Band, ...]:
@@ -145,21 +117,23 @@ def bands(arrays: Arrays, confidence: float) -> tuple[Band, ...]:
             continue
         pick = inside[None, :, None]
         usage = np.nansum(np.where(pick, share, 0), axis=-1).mean(axis=(1, 2))
-        contribution = np.nansum(np.where(pick, arrays["contribution"][:, turning], 0), axis=-1).mean(axis=(1, 2))
-        utility = np.nanmean(arrays["utility"][:, turning, :, b], axis=(1, 2))
-        even = float(inside.sum(axis=1).mean() / pairs)
-        out.append(
-            Band(
-                low=low,
-                high=None if np.isinf(high) else high,
-                pairs=float(inside.sum(axis=1).mean()),
-                even=even,
-                usage=_estimate(usage, confidence, 0.0, 1.0),
-                contribution=_estimate(contribution, confidence),
-                utility=_estimate(utility, confidence, 0.0),
-                kind=band_kind(float(usage.mean()), even, float(utility.mean())),
-            )
+        band = Band(
+            low=low,
+            high=None if np.isinf(high) else high,
+            pairs=float(inside.sum(axis=1).mean()),
+            even=float(inside.sum(axis=1).mean() / pairs),
+            usage=_estimate(usage, confidence, 0.0, 1.0),
         )
+        if "utility" in arrays:  # not of the weights alone
+            contribution = np.nansum(np.where(pick, arrays["contribution"][:, turning], 0), axis=-1)
+            utility = np.nanmean(arrays["utility"][:, turning, :, b], axis=(1, 2))
+            measured = {
+                "contribution": _estimate(contribution.mean(axis=(1, 2)), confidence),
+                "utility": _estimate(utility, confidence, 0.0),
+                "kind": band_kind(float(usage.mean()), band.even, float(utility.mean())),
+            }
+            band = band.model_copy(update=measured)
+        out.append(band)
     return tuple(out)
 
 
@@ -279,6 +253,28 @@ def _kinds(row: pd.Series[Any]) -> list[str]:
     if "positional" in found and not row.get("content_shift", 1.0) < CONTENT_FREE:
         found.remove("positional")
     return found
+
+
+def _metric(name: str, per_text: NDArray[Any], unit: str, definition: str, confidence: float) -> Metric:
+    most = 1.0 if unit in ("share", "0..1") else np.inf
+    estimate = _estimate(per_text, confidence, 0.0, most)
+    return Metric(name=name, unit=unit, definition=definition, **estimate.model_dump())
+
+
+def _mean(x: NDArray[Any]) -> Floats:
+    return np.asarray(np.nanmean(x.reshape(len(x), -1), axis=1))
+
+
+def _median(x: NDArray[Any]) -> Floats:
+    return np.asarray(np.nanmedian(x.reshape(len(x), -1), axis=1))
+
+
+def _dominant(theta: Floats, share: Floats) -> Floats | None:
+    """(T,) wavelength of the most used pair; `None` where layers differ in their frequencies."""
+    if not np.allclose(theta, theta[0], rtol=1e-5, equal_nan=True):
+        return None
+    best = np.nanargmax(np.nanmean(share, axis=(1, 2)), axis=-1)
+    return np.asarray(2 * np.pi / theta[0][best]) if (theta[0][best] > 0).all() else None
 
 
 def _low(arrays: Arrays, length: int) -> NDArray[np.bool_]:

@@ -37,7 +37,7 @@ def compare_models(
     seed: int,
 ) -> LoadedSpectrum:
     """Compare two finished runs, keys included where both models read the same tokens with the same pairs."""
-    mixing, why = _mixing(student, teacher, corpus, seed)
+    mixing, why = _mixing(student, teacher, corpus, own.header.settings.length, seed)
     found = compare_spectra(own, theirs, mixing, seed)
     if found.arrays:
         save_arrays(own.path / "comparison.npz", found.arrays)
@@ -53,12 +53,14 @@ def compare_models(
     return load_spectrum(own.path)
 
 
-def _mixing(student: Described, teacher: Described, corpus: Corpus, seed: int) -> tuple[Mixing | None, str | None]:
+def _mixing(
+    student: Described, teacher: Described, corpus: Corpus, length: int, seed: int
+) -> tuple[Mixing | None, str | None]:
     """The mixing residual, or why there is none."""
     sides = []
+    n = min([_MIX_LENGTH, length, *(d.claimed_length for d in (student, teacher) if d.claimed_length)])
     for described in (student, teacher):
         loaded = load(described)
-        n = min(_MIX_LENGTH, described.claimed_length or _MIX_LENGTH)
         ids = prose(corpus, frame_of(loaded.tokenizer), n, 2, seed)
         rotary = rotaries(loaded.model, n)
         sides.append((ids, rotary, [_keys(loaded.model, text, rotary) for text in ids]))
@@ -67,10 +69,12 @@ def _mixing(student: Described, teacher: Described, corpus: Corpus, seed: int) -
     (ids, rotary, own), (other_ids, other_rotary, theirs) = sides
     if ids != other_ids:
         return None, "tokenizers differ: keys are not compared token by token"
+    if not own[0] or not theirs[0]:
+        return None, None  # no rotary pairs: the comparison says so
     match = matched_layers(len(own[0]), len(theirs[0]))
     layers, other_layers = sorted(own[0]), sorted(theirs[0])
     pairs = [(rotary[i], other_rotary[other_layers[j]]) for i, j in zip(layers, match, strict=True)]
-    if not layers or any(a is None or b is None or not a.same(b) for a, b in pairs):
+    if any(a is None or b is None or not a.same(b) for a, b in pairs):
         return None, "rotary frequencies or head sizes differ: keys are not mixed"
     first = pairs[0][0]
     assert first is not None

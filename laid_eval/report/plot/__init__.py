@@ -1,6 +1,20 @@
 """Plots of runs: `laid_eval.plot.window(run)`. Each takes `ax=None` and returns the Axes."""
 
 from laid_eval.report.plot.causes import save_why, why
+from laid_eval.report.plot.spectra import bands, gain, heads, pairs, save_spectra, transfer, what_if
 from laid_eval.report.plot.windows import depth, save_figures, window
 
-__all__ = ["depth", "save_figures", "save_why", "why", "window"]
+__all__ = [
+    "bands",
+    "depth",
+    "gain",
+    "heads",
+    "pairs",
+    "save_figures",
+    "save_spectra",
+    "save_why",
+    "transfer",
+    "what_if",
+    "why",
+    "window",
+]

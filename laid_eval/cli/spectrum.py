@@ -1,0 +1,295 @@
+"""`laid-eval spectrum`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from laid_eval.cli.console import (
+    GIB,
+    AllowPickle,
+    Device,
+    Dtype,
+    Haystack,
+    Json,
+    Revision,
+    TrustRemoteCode,
+    fail,
+    stderr,
+)
+from laid_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from laid_eval.spectra import Band, Estimate, LoadedSpectrum, SpectrumRun
+    from laid_eval.spectrum.measure import Progress as Step
+
+EPILOG = """
+**Examples**
+
+`laid-eval spectrum --model smollm2`  attention and rotary pairs at 8,192 tokens
+
+`laid-eval spectrum --model student --teacher teacher`  what of the teacher's reach the student keeps
+
+`laid-eval spectrum --model smollm2 --knockout loss`  what each band of wavelengths is worth
+
+`laid-eval spectrum --model smollm2 --what-if yarn:2 --what-if base:4`  predicted, then tried
+
+`laid-eval spectrum --model org/large --weights-only`  from the weights alone, without loading the model
+"""
+
+
+def spectrum(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Reference model (see `laid-eval models`), local folder, .gguf file, or Hub id."),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="A second model to compare with, named the same way.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of each text. Default: the claimed length, at most 8192.")
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Number of texts; intervals are over texts.")] = 4,
+    queries: Annotated[int, typer.Option(help="Rows of attention sampled per text.")] = 128,
+    knockout: Annotated[
+        str, typer.Option(help="no, loss, or window: what happens with each band of pairs unrotated.")
+    ] = "no",
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(help="Predict another scaling, then try it: yarn:2, linear:2, dynamic:2, base:4. Repeatable."),
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Only what the weights say; the model is not loaded.")
+    ] = False,
+    haystack: Haystack = None,
+    confidence: Annotated[float, typer.Option(help="Mass of the intervals.")] = 0.95,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    rope_scaling: Annotated[
+        str | None, typer.Option(help="yarn:2, linear:2 or dynamic:2: measure the model as if scaled.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; resumed if it holds the same run. Default: a new one in runs/.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of texts and sampled rows.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Analyse attention and rotary pairs in the frequency domain, at real lengths, in linear memory."""
+    if model is None:
+        raise UserError("Which model? Pass --model; try: laid-eval spectrum --model smollm2")
+    wanted = _knockout(knockout)
+    # Imported here: --help needs none of it.
+    from laid_eval.report.plot.spectra import save_spectra
+
+    with _live() as step:
+        try:
+            if weights_only:
+                run = _weights(model, teacher, length, wanted, what_if, out, revision, rope_scaling, trust_remote_code)
+            else:
+                from laid_eval.spectrum.session import measure_spectrum
+
+                run = measure_spectrum(
+                    model,
+                    teacher=teacher,
+                    length=length,
+                    texts=texts,
+                    queries=queries,
+                    knockout=wanted,
+                    what_if=what_if or [],
+                    haystack=haystack or [],
+                    confidence=confidence,
+                    out=out,
+                    seed=seed,
+                    revision=revision,
+                    dtype=dtype,
+                    device=device,
+                    rope_scaling=rope_scaling,
+                    trust_remote_code=trust_remote_code,
+                    allow_pickle=allow_pickle,
+                    progress=step,
+                )
+        except KeyboardInterrupt:
+            kept = (
+                f"Finished texts are kept; the same command with --out '{step.folder}' goes on." if step.folder else ""
+            )
+            fail(f"interrupted. {kept}".strip(), 130)
+    figures = save_spectra(run)
+    if as_json:
+        document = {"run": str(run.path), **run.header.model_dump(mode="json")}
+        print(json.dumps(document, indent=1, allow_nan=False))
+    show_spectrum(run, Console(stderr=as_json, highlight=False), [f.name for f in figures])
+
+
+def _knockout(name: str) -> Literal["no", "loss", "window"]:
+    for known in ("no", "loss", "window"):
+        if name == known:
+            return known
+    raise UserError(f"Unknown --knockout {name!r}. Allowed: no, loss, window.")
+
+
+def _weights(
+    model: str,
+    teacher: str | None,
+    length: int | None,
+    knockout: str,
+    what_if: list[str] | None,
+    out: Path | None,
+    revision: str | None,
+    rope_scaling: str | None,
+    trust_remote_code: bool,
+) -> LoadedSpectrum:
+    from laid_eval.spectrum.weights_session import measure_weights
+
+    if teacher or knockout != "no" or what_if:
+        raise UserError("--weights-only reads no text: it can't be combined with --teacher, --knockout or --what-if.")
+    return measure_weights(
+        model,
+        length=length,
+        out=out,
+        revision=revision,
+        rope_scaling=rope_scaling,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+class _Steps:
+    """Feeds the live line; remembers where the run lies for the message on Ctrl-C."""
+
+    def __init__(self, update: Callable[[Step], None]) -> None:
+        self.folder: Path | None = None
+        self._update = update
+
+    def __call__(self, step: Step) -> None:
+        self.folder = step.folder
+        self._update(step)
+
+
+@contextmanager
+def _live() -> Iterator[_Steps]:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=stderr,
+        transient=True,
+    )
+    task = bar.add_task("loading", total=None)
+    with bar:
+        yield _Steps(lambda s: bar.update(task, total=s.total, completed=s.done, description=s.what))
+
+
+def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> None:
+    """The result for people: metrics, bands, heads, comparison, cost, where it lies."""
+    header = run.header
+    model, settings = header.model, header.settings
+    size = f", {model.parameters / 1e6:,.0f}M parameters" if model.parameters else ""
+    console.print(f"[bold]{escape(model.name)}[/bold] ({escape(model.source)}{size})")
+    how = (
+        f"{settings.texts} texts of {settings.length:,} tokens, {settings.queries} rows each, {model.dtype} on "
+        f"{model.device}"
+        if settings.texts
+        else f"from the weights alone; coverage at {settings.length:,} tokens"
+    )
+    console.print(f"claimed length {model.claimed_length or 'unknown'}; {how}\n")
+    console.print(_metrics_table(header))
+    if header.bands:
+        console.print("\n[bold]rotary pairs by wavelength[/bold] (nats; intervals over texts in run.json)")
+        console.print(_bands_table(header.bands))
+    for c in header.coverage:
+        where = "all rotating layers" if len(header.coverage) == 1 else f"layers {', '.join(map(str, c.layers))}"
+        horizon = "beyond 1,048,576" if c.horizon is None else f"{c.horizon:,}"
+        weighted = "beyond 1,048,576" if c.horizon_by_usage is None else f"{c.horizon_by_usage:,}"
+        console.print(
+            f"{where}: {c.full} of {c.pairs} pairs turn fully within {settings.length:,} tokens, {c.partial} by a "
+            f"quarter or more, {c.quasi_dc} less, {c.none} not at all; discrimination horizon {horizon} tokens, "
+            f"{weighted} by usage"
+        )
+    if header.top_heads:
+        console.print("\n[bold]heads[/bold] (highest scores as layer.head; all in heads.csv)")
+        for kind, found in header.top_heads.items():
+            console.print(f"{kind:11}" + "  ".join(f"{h.layer}.{h.head} {h.score:.2f}" for h in found))
+    if header.comparison and header.teacher:
+        console.print(f"\n[bold]against the teacher {escape(header.teacher.name)}[/bold]")
+        console.print(_comparison_table(header))
+    for w in header.what_if:
+        console.print(
+            f"what if {w.scaling}: mean logits change by {w.change:.2g} nats (RMS); the prediction explains "
+            f"{w.agreement:.0%} of it, and is off by {w.first_layer_error:.1g} in the first layer, where it is exact"
+        )
+    cost = header.cost
+    memory = f", peak memory {cost.peak_memory_bytes / GIB:.1f} GiB" if cost.peak_memory_bytes else ""
+    console.print(f"\ncost: {cost.tokens:,} tokens in {cost.seconds / 60:.1f} min{memory}")
+    if header.checks:
+        console.print(
+            f"checks: captured attention gives the model's own logits within {header.checks['logit_gap']:.1g}; every "
+            f"row's mass sums to 1 within {header.checks['mass_residual']:.1g}"
+        )
+    for note in header.notes:
+        console.print(f"note: {escape(note)}")
+    console.print(f"run: {escape(str(run.path))} ({', '.join(['run.json', *files])})", soft_wrap=True)
+
+
+def _metrics_table(header: SpectrumRun) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("metric", "left"), ("mean", "right"), ("interval", "left"), ("unit", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("definition")
+    for m in header.metrics:
+        table.add_row(m.name, _number(m.value), _interval(m), m.unit, m.definition)
+    return table
+
+
+def _bands_table(found: tuple[Band, ...]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    measured = found[0].utility is not None
+    knocked = found[0].knockout is not None
+    columns = ["wavelength", "pairs", "usage", "even"]
+    columns += ["contribution", "utility", "kind"] if measured else []
+    columns += ["loss unrotated"] if knocked else []
+    columns += ["window unrotated"] if any(b.knockout_window for b in found) else []
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("wavelength", "kind") else "right")
+    for b in found:
+        span = f"{b.low:,.0f} - {b.high:,.0f}" if b.high is not None else f"{b.low:,.0f} and more"
+        row = [span, f"{b.pairs:g}", f"{b.usage.value or 0:.1%}", f"{b.even:.1%}"]
+        if measured:
+            row += [_number(b.contribution), _number(b.utility), b.kind or ""]
+        row += (
+            [f"+{b.knockout.value:.3f}" if b.knockout.value >= 0 else f"{b.knockout.value:.3f}"]
+            if (knocked and b.knockout and b.knockout.value is not None)
+            else []
+        )
+        row += [b.knockout_window] if b.knockout_window else []
+        table.add_row(*row)
+    return table
+
+
+def _comparison_table(header: SpectrumRun) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("measure", "value", "interval", "texts alone", "p", "unit", "definition"):
+        table.add_column(column, justify="right" if column in ("value", "texts alone", "p") else "left")
+    for c in header.comparison:
+        interval = "" if c.low is None or c.high is None else f"[{c.low:.3g}, {c.high:.3g}]"
+        p = "" if c.p is None else f"{c.p:.2g}"
+        table.add_row(c.name, f"{c.value:.3g}", interval, _number(c.floor), p, c.unit, c.definition)
+    return table
+
+
+def _number(x: Estimate | float | None) -> str:
+    value = x if x is None or isinstance(x, float) else x.value
+    return "unknown" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _interval(x: Estimate) -> str:
+    return "" if x.low is None or x.high is None else f"[{_number(x.low)}, {_number(x.high)}]"
