@@ -12,8 +12,11 @@ import pytest
 from rich.console import Console
 
 import laid_eval
+from laid_eval.cli.why import show_why
 from laid_eval.cli.window import show_window
+from laid_eval.runs import load_why_trials, why_table
 from laid_eval.window.probes import load_probe, probe_names
+from laid_eval.window.why import Study, explain
 
 matplotlib.use("Agg")
 
@@ -21,12 +24,16 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHORT = ["--max-length", "2300", "--budget", "2300"]  # the long commands, cut short; nothing else is changed
 
+SHORT_WHY = ["--why-haystacks", "2", "--why-questions", "4"]
+
 
 def block(mark, language):
     return re.search(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, re.S).group(1)
 
 
-COMMANDS = [line.split("#")[0].strip() for line in block("tested", "bash").splitlines()]
+COMMANDS = [
+    line.split("#")[0].strip() for mark in ("tested", "tested: why") for line in block(mark, "bash").splitlines()
+]
 
 
 @pytest.mark.slow
@@ -35,7 +42,7 @@ def test_every_command_runs(command, tmp_path):
     program, *words = shlex.split(command)
     assert program == ".venv/bin/laid-eval"
     if words[0] == "window":
-        words += SHORT
+        words += [*SHORT, *(SHORT_WHY if "--why" in words else [])]
     done = subprocess.run(
         [sys.executable, "-m", "laid_eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=500
     )
@@ -66,6 +73,21 @@ def test_the_table_is_that_of_the_run_it_shows():
     tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("run:")]
     given = [line.rstrip() for line in shown.splitlines() if not line.startswith("run:")]
     assert given == tidy
+
+
+def test_why_the_window_ends_is_said_by_the_run_it_shows():
+    run = laid_eval.load_run(ROOT / "reports" / "smollm2-why")
+    (why,) = run.header.why
+    out = io.StringIO()
+    show_why(why, Console(file=out, width=110, highlight=False))
+    shown = block("run: reports/smollm2-why", "console").split("\n", 1)[1]
+    tidy = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
+    assert [line.rstrip() for line in shown.splitlines()] == tidy
+    study = Study(why.probe, why.length, why.short_length, why.haystacks, why.questions)
+    again = explain(why_table(load_why_trials(run.path)), study, seed=run.header.settings.seed)
+    assert (again.parts, again.conditions) == (why.parts, why.conditions)
+    assert why.length == round(run.window(criterion="half").length)
+    assert (run.path / "why.png").is_file()
 
 
 def test_the_run_it_shows_is_what_the_issue_of_the_tool_promises():
