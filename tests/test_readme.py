@@ -90,6 +90,16 @@ def test_why_the_window_ends_is_said_by_the_run_it_shows():
     assert (run.path / "why.png").is_file()
 
 
+def test_why_by_distance_is_that_of_the_answers_it_shows():
+    table = why_table(load_why_trials(ROOT / "reports" / "smollm2-why"))
+    wide = table.pivot(index=["haystack", "question"], columns="condition", values=["score", "distance"])
+    back = wide["distance"]["full"]
+    rows = re.findall(r"^\| (?:up to|beyond|[\d,]+-[\d,]+).*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
+    for (low, high), shown in zip([(0, 2000), (2000, 6000), (6000, 8000), (8000, 10**6)], rows, strict=True):
+        mean = wide["score"][(back > low) & (back <= high)].mean()
+        assert tuple(f"{mean[name]:.2f}" for name in ("full", "far", "crowded")) == shown
+
+
 def test_the_run_it_shows_is_what_the_issue_of_the_tool_promises():
     run = laid_eval.load_run(ROOT / "reports" / "smollm2-window")
     window = run.window("needle")
