@@ -25,6 +25,7 @@ from laid_eval.runs import HEADER, write_atomically
 
 SPECTRA = "spectra.npz"
 HEADS = "heads.csv"
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, BadZipFile, ZlibError)
 
 ARRAYS = {
     "layers": "(L,) number of each layer that has attention",
@@ -238,9 +239,8 @@ class LoadedSpectrum:
             UserError: They are not there, or damaged.
         """
         try:
-            with np.load(self.path / SPECTRA, allow_pickle=False) as file:
-                return dict(file)
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile, ZlibError) as error:
+            return read_arrays(self.path / SPECTRA)
+        except UNREADABLE as error:
             raise UserError(f"'{self.path / SPECTRA}' can't be read ({type(error).__name__}); measure again.") from None
 
     @property
@@ -262,6 +262,13 @@ def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     temporary = path.with_name(f".{path.name}.tmp.npz")
     np.savez_compressed(temporary, allow_pickle=False, **arrays)
     os.replace(temporary, path)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of a `.npz`; raises one of `UNREADABLE` where it is torn or not there."""
+    # a handle of our own: numpy leaves a torn file open
+    with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+        return dict(file)
 
 
 def load_spectrum(path: str | os.PathLike[str]) -> LoadedSpectrum:

@@ -149,6 +149,8 @@ def what_if(
     change, guess = (measured - before)[turning], (predicted - before)[turning]
     error = np.sqrt(np.nanmean((predicted - measured)[first] ** 2) / np.nanmean(measured[first] ** 2))
     spread = float(np.nansum(change**2))
+    if spread <= 1e-10 * float(np.nansum(measured[turning] ** 2)):
+        spread = 0.0  # rounding: at this length the scaling changes nothing
     record = WhatIf(
         scaling=scaling,
         first_layer_error=float(error),

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
-from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from transformers import PreTrainedModel
 from laid_eval.errors import UserError
 from laid_eval.models.capture import Call, capture
 from laid_eval.models.rotary import Rotary
-from laid_eval.spectra import save_arrays
+from laid_eval.spectra import UNREADABLE, read_arrays, save_arrays
 from laid_eval.spectrum.distance import half_mass_distance, octave_mass
 from laid_eval.spectrum.fourier import (
     default_cuts,
@@ -144,9 +142,8 @@ def load_part(path: Path) -> Arrays | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile, ZlibError):
+        return read_arrays(path)
+    except UNREADABLE:
         return None  # torn: measured again
 
 

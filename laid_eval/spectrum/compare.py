@@ -48,9 +48,13 @@ def compare_spectra(
         seed: Of the permutations.
 
     Raises:
-        UserError: The runs have other lengths.
+        UserError: The runs have other lengths, or one of them read no text.
     """
     length = student.header.settings.length
+    if not student.header.settings.texts or not teacher.header.settings.texts:
+        raise UserError(
+            "A run of the weights alone can't be compared: it read no text. Measure without --weights-only."
+        )
     if teacher.header.settings.length != length:
         raise UserError(
             f"The runs can't be compared: the student was measured at {length:,} tokens, the teacher at "
