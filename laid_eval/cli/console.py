@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Generic, NoReturn, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -24,6 +25,37 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Load pickled 
 Haystack = Annotated[
     list[Path] | None, typer.Option(help="File with filler text. Repeatable. Default: Python's reference.")
 ]
+
+
+class Step(Protocol):
+    """What a measurement reports of itself."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies."""
+        ...
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
+
+
+class Steps(Generic[AnyStep]):
+    """Feeds a live line; remembers where the run lies for the message on Ctrl-C."""
+
+    def __init__(self, update: Callable[[AnyStep], None]) -> None:
+        """`update` shows one step."""
+        self._folder: Path | None = None
+        self._update = update
+
+    def __call__(self, step: AnyStep) -> None:
+        """One step on."""
+        self._folder = step.folder
+        self._update(step)
+
+    def interrupted(self) -> NoReturn:
+        """Say how to go on, and exit."""
+        kept = f" What was measured is kept; the same command with --out '{self._folder}' goes on."
+        fail(f"interrupted.{kept if self._folder else ''}", 130)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,8 +22,8 @@ from laid_eval.cli.console import (
     Haystack,
     Json,
     Revision,
+    Steps,
     TrustRemoteCode,
-    fail,
     stderr,
 )
 from laid_eval.errors import UserError
@@ -31,6 +31,8 @@ from laid_eval.errors import UserError
 if TYPE_CHECKING:
     from laid_eval.spectra import Band, Estimate, LoadedSpectrum, SpectrumRun
     from laid_eval.spectrum.measure import Progress as Step
+
+_WIDE = 130  # columns from which definitions stand beside the numbers
 
 EPILOG = """
 **Examples**
@@ -119,10 +121,7 @@ def spectrum(
                     progress=step,
                 )
         except KeyboardInterrupt:
-            kept = (
-                f"Finished texts are kept; the same command with --out '{step.folder}' goes on." if step.folder else ""
-            )
-            fail(f"interrupted. {kept}".strip(), 130)
+            step.interrupted()
     figures = save_spectra(run)
     if as_json:
         document = {"run": str(run.path), **run.header.model_dump(mode="json")}
@@ -162,20 +161,8 @@ def _weights(
     )
 
 
-class _Steps:
-    """Feeds the live line; remembers where the run lies for the message on Ctrl-C."""
-
-    def __init__(self, update: Callable[[Step], None]) -> None:
-        self.folder: Path | None = None
-        self._update = update
-
-    def __call__(self, step: Step) -> None:
-        self.folder = step.folder
-        self._update(step)
-
-
 @contextmanager
-def _live() -> Iterator[_Steps]:
+def _live() -> Iterator[Steps[Step]]:
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -186,7 +173,7 @@ def _live() -> Iterator[_Steps]:
     )
     task = bar.add_task("loading", total=None)
     with bar:
-        yield _Steps(lambda s: bar.update(task, total=s.total, completed=s.done, description=s.what))
+        yield Steps(lambda s: bar.update(task, total=s.total, completed=s.done, description=s.what))
 
 
 def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> None:
@@ -202,7 +189,8 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
         else f"from the weights alone; coverage at {settings.length:,} tokens"
     )
     console.print(f"claimed length {model.claimed_length or 'unknown'}; {how}\n")
-    console.print(_metrics_table(header))
+    wide = console.width >= _WIDE
+    console.print(_metrics_table(header, wide))
     if header.bands:
         console.print("\n[bold]rotary pairs by wavelength[/bold] (nats; intervals over texts in run.json)")
         console.print(_bands_table(header.bands))
@@ -221,7 +209,7 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
             console.print(f"{kind:11}" + "  ".join(f"{h.layer}.{h.head} {h.score:.2f}" for h in found))
     if header.comparison and header.teacher:
         console.print(f"\n[bold]against the teacher {escape(header.teacher.name)}[/bold]")
-        console.print(_comparison_table(header))
+        console.print(_comparison_table(header, wide))
     for w in header.what_if:
         console.print(
             f"what if {w.scaling}: mean logits change by {w.change:.2g} nats (RMS); the prediction explains "
@@ -237,16 +225,19 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
         )
     for note in header.notes:
         console.print(f"note: {escape(note)}")
+    if not wide:
+        console.print("every number's definition: run.json, --json, or a terminal of 130 columns")
     console.print(f"run: {escape(str(run.path))} ({', '.join(['run.json', *files])})", soft_wrap=True)
 
 
-def _metrics_table(header: SpectrumRun) -> Table:
+def _metrics_table(header: SpectrumRun, wide: bool) -> Table:
     table = Table(box=None, pad_edge=False)
     for column, justify in (("metric", "left"), ("mean", "right"), ("interval", "left"), ("unit", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("definition")
+    if wide:
+        table.add_column("definition")
     for m in header.metrics:
-        table.add_row(m.name, _number(m.value), _interval(m), m.unit, m.definition)
+        table.add_row(m.name, _number(m.value), _interval(m), m.unit, *([m.definition] if wide else []))
     return table
 
 
@@ -275,14 +266,15 @@ def _bands_table(found: tuple[Band, ...]) -> Table:
     return table
 
 
-def _comparison_table(header: SpectrumRun) -> Table:
+def _comparison_table(header: SpectrumRun, wide: bool) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("measure", "value", "interval", "texts alone", "p", "unit", "definition"):
+    for column in ("measure", "value", "interval", "texts alone", "p", "unit", *(["definition"] if wide else [])):
         table.add_column(column, justify="right" if column in ("value", "texts alone", "p") else "left")
     for c in header.comparison:
         interval = "" if c.low is None or c.high is None else f"[{c.low:.3g}, {c.high:.3g}]"
         p = "" if c.p is None else f"{c.p:.2g}"
-        table.add_row(c.name, f"{c.value:.3g}", interval, _number(c.floor), p, c.unit, c.definition)
+        row = (c.name, f"{c.value:.3g}", interval, _number(c.floor), p, c.unit)
+        table.add_row(*row, *([c.definition] if wide else []))
     return table
 
 

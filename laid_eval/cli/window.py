@@ -23,6 +23,7 @@ from laid_eval.cli.console import (
     Haystack,
     Json,
     Revision,
+    Steps,
     TrustRemoteCode,
     fail,
     show,
@@ -145,12 +146,7 @@ def window(
                 progress=step,
             )
         except KeyboardInterrupt:
-            kept = (
-                f"What was measured is kept; the same command with --out '{step.folder}' goes on."
-                if step.folder
-                else ""
-            )
-            fail(f"interrupted. {kept}".strip(), 130)
+            step.interrupted()
     figures = [*save_figures(run), *save_why(run)]
     if as_json:
         document = {"run": str(run.path), **run.header.model_dump(mode="json")}
@@ -161,20 +157,8 @@ def window(
         fail("the window was measured, but it can't be said why it ends; the notes tell the reason.", 3)
 
 
-class _Steps:
-    """Feeds the live line; remembers where the run lies for the message on Ctrl-C."""
-
-    def __init__(self, update: Callable[[Step], None]) -> None:
-        self.folder: Path | None = None
-        self._update = update
-
-    def __call__(self, step: Step) -> None:
-        self.folder = step.folder
-        self._update(step)
-
-
 @contextmanager
-def _live() -> Iterator[tuple[Callable[[Quote], None], _Steps]]:
+def _live() -> Iterator[tuple[Callable[[Quote], None], Steps[Step]]]:
     """The quote and a live line with the estimate so far, on stderr."""
     bar = Progress(
         TextColumn("{task.description}"),
@@ -207,7 +191,7 @@ def _live() -> Iterator[tuple[Callable[[Quote], None], _Steps]]:
         )
 
     with bar:
-        yield announce, _Steps(update)
+        yield announce, Steps(update)
 
 
 def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
