@@ -93,6 +93,8 @@ def test_scores_equal_those_of_whole_prompts_read_with_plain_attention(smollm2, 
     assert found.max() == 1.0
     # float32 sums in another order may swap the two highest weights of a row
     assert np.mean(np.abs(found - expected) > 1e-9) < 0.01
+    swapped = retrieval_scores(model, [dataclasses.replace(text, spans=text.spans[::-1])])
+    assert swapped.max() == 0, "looking at the answer outside of its needle is no retrieval"
 
 
 def test_with_other_answers_in_the_haystack_nothing_is_copied(smollm2, text, scores):
