@@ -111,7 +111,8 @@ class FoldSite:
     """All that write the channel's value, changed together: weight (rows, in) and bias (rows,) of a projection, or
     the weight of the norm behind it; of an adapter not yet merged, `lora_B` too."""
     rows: Tensor
-    """(H, D) index along the first dimension that makes channel d of head h; (1, D) where all heads share one."""
+    """(H, D) index along the first dimension of what makes channel d of head h, counted after the rotation (DeepSeek's
+    changes the order of channels); (1, D) where all heads share one."""
     offset: float = 0.0
     """What the model adds to the stored number: 1 where a norm's weight is stored as 1 + w (Gemma)."""
     normed_after: bool = False
