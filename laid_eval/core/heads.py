@@ -55,9 +55,9 @@ class Heads:
         Query heads of one group share a product: keys are never repeated.
         """
         g, n, d = self.key.shape
-        query = self.query[:, rows]
+        query = self.query[:, rows] * self.scale
         products = torch.matmul(query.reshape(g, -1, d), self.key.transpose(1, 2))
-        logits = products.reshape(len(query), -1, n).transpose(0, 1) * self.scale
+        logits = products.reshape(len(query), -1, n).transpose(0, 1)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

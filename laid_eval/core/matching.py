@@ -198,17 +198,16 @@ def _octaves(
     """Log masses (R, Hs, B + 1) of target and student, KL within each bin (R, Hs, B + 1), and which bins (R, B + 1)."""
     bins = view.bins(rows, octaves)
     # Sums over bins are products with this matrix: unlike scattered sums, the same on every run. Unseen keys: no bin.
-    member = (bins[..., None] == torch.arange(octaves + 1, device=bins.device)).to(student.query.dtype)
-    filled = member.any(dim=1)
+    member = student.query.new_zeros(*bins.shape, octaves + 2).scatter_(2, bins[..., None], 1.0)[..., :-1]
+    filled = member.amax(dim=1) > 0
 
-    with torch.no_grad():
-        below, top = _below_top(teacher.logits(rows), bins, octaves)
-        log_sum = _log(below.exp() @ member) + top
-        row = log_sum.logsumexp(dim=-1, keepdim=True)
-        # In units of the largest mass a head has in the bin: a far octave with 1e-40 of a row keeps its shape.
-        unit = (log_sum - row).amax(dim=1, keepdim=True)
-        shift = (top - row - unit).masked_fill(~filled[:, None], 0.0)
-        probability = torch.exp(below + _at(shift, bins.clamp_max(octaves)))
+    below, top = _below_top(teacher.logits(rows), bins, octaves)
+    log_sum = _log(below.exp() @ member) + top
+    row = log_sum.logsumexp(dim=-1, keepdim=True)
+    # In units of the largest mass a head has in the bin: a far octave with 1e-40 of a row keeps its shape.
+    unit = (log_sum - row).amax(dim=1, keepdim=True)
+    shift = (top - row - unit).masked_fill(~filled[:, None], 0.0)
+    probability = _at(shift, bins.clamp_max(octaves)).add_(below).exp_()
     target = mixture @ probability.to(mixture.dtype)  # (R, Hs, N)
     total = target @ member
     log_target = _log(total) + unit
