@@ -125,6 +125,8 @@ def load_header(folder: Path) -> Run:
     while version < SCHEMA_VERSION:
         document = UPGRADES[version](document)
         version = document["schema_version"]
+    if document.get("command") == "spectrum":
+        raise UserError(f"'{folder}' is a spectrum run, not a window; read it with laid_eval.load_spectrum.")
     try:
         return Run.model_validate(document)
     except ValidationError as error:

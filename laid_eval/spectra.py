@@ -36,20 +36,23 @@ ARRAYS = {
     "octave": "(T, L, H, O) attention mass at distance 0, [1, 2), [2, 4), ... tokens and, last, beyond half the text",
     "sink": "(T, L, H) attention mass on the first tokens",
     "learned_sink": "(T, L, H) attention mass on learned sink logits",
-    "entropy": "(T, L, H) entropy of attention rows, nats",
-    "power": "(T, L, H, K) |H|^2, squared transfer function of the distance profile at `frequencies`",
+    "entropy": "(T, L, H) entropy of attention rows over tokens, mass on learned sinks left out, nats",
+    "power": "(T, L, H, K) |H|^2 at `frequencies`, transfer function of the distance profile (two half samples)",
     "d50": "(T, L, H) distance within which half of the mass outside sinks lies, tokens",
     "d90": "(T, L, H) the same for 90%",
-    "low_ratio": "(T, L, H) share of spectral power at 0 < nu <= 4/W cycles/token (W: half the text), boxcar taper",
+    "log_distance": "(T, L, H) mean of log2(1 + distance) within half the text, octaves",
+    "half_power": "(T, L, H) first frequency at which |H|^2 falls to 1/2 (nu_3dB), cycles/token; inf: it never does",
+    "low_ratio": "(T, L, H) share of spectral power (two half samples, boxcar taper) at 0 < nu <= 4/W cycles/token",
     "low_ratio_64": "(T, L, H) the same at 0 < nu <= 1/64 cycles/token",
     "centroid": "(T, L, H) geometric mean frequency of the spectral power, cycles/token",
     "spectral_entropy": "(T, L, H) entropy of the spectral power over frequency, nats",
     "usage": "(T, L, H, F) mean |q| times mean |k| of each rotary pair, logit units (nats)",
     "concentration": "(T, L, H, F) |mean| over mean length of the un-rotated query pair, 0..1",
+    "key_concentration": "(T, L, H, F) the same of the key pair",
     "contribution": "(T, L, H, F) mean logit of a pair under attention minus under even weights, nats",
     "utility": "(T, L, H, B) KL divergence to the attention with a band unrotated, nats",
     "profile": "(L, H, W) attention mass by distance, mean over texts",
-    "logit": "(L, H, W) mean logit by distance, nats, first text",
+    "logit": "(L, H, W) mean logit of the rotary pairs by distance, before softcap and mask, nats, first text",
     "moment": "(L, H, F, M, 2) un-rotated mean query x conjugate key at `distances`, nats, first text",
     "rms": "(L, H, F, M) root mean square logit of each pair at `distances`, nats, first text",
 }
@@ -83,8 +86,8 @@ class Metric(Estimate):
 class Band(Record):
     """Rotary pairs of one range of wavelengths, over all rotating layers and heads."""
 
-    low: float
-    """Shortest wavelength, tokens."""
+    low: float | None
+    """Shortest wavelength, tokens; `None`: pairs that do not turn."""
     high: float | None
     """Longest wavelength (exclusive), tokens; `None`: no end."""
     pairs: float
@@ -115,6 +118,10 @@ class Coverage(Record):
     shortest: float | None
     """Wavelength, tokens."""
     longest: float | None
+    axes: str | None
+    """For M-RoPE: the position axis (t, h, w) of each pair, in order."""
+    trained: int | None
+    """Pairs with at least one full cycle within the claimed length (the critical pair)."""
     full: int
     """Pairs with at least one full cycle within the measured length."""
     partial: int
@@ -151,8 +158,9 @@ class WhatIf(Record):
     scaling: str
     first_layer_error: float
     """Relative RMS error of the predicted mean logit in the first rotating layer, where the prediction is exact."""
-    agreement: float
-    """Share of the variance (over layers, heads, distances) of the measured change that the prediction explains."""
+    agreement: float | None
+    """Share of the variance (over layers, heads, distances) of the measured change that the prediction explains;
+    `None` where nothing changed."""
     change: float
     """RMS of the measured change of the mean logit, nats."""
 
@@ -204,6 +212,8 @@ class SpectrumRun(Record):
     coverage: tuple[Coverage, ...] = ()
     metrics: tuple[Metric, ...] = ()
     bands: tuple[Band, ...] = ()
+    knockout_baseline: str | None = None
+    """Effective window with nothing unrotated, measured the way `Band.knockout_window` is."""
     top_heads: dict[str, tuple[HeadScore, ...]] = Field(default_factory=dict)
     """Highest scores of each kind; all are in `heads.csv`."""
     teacher: ModelInfo | None = None

@@ -67,7 +67,7 @@ def test_weights_only_reads_no_text(tmp_path):
         (["--model", "smollm2", "--knockout", "all"], "Allowed: no, loss, window"),
         (["--model", "smollm2", "--length", "100"], "--length must be at least 256"),
         (["--model", "smollm2", "--texts", "0"], "--texts must lie between"),
-        (["--model", "smollm2", "--what-if", "magic:2"], "is not understood"),
+        (["--model", "smollm2", "--what-if", "magic:2"], "--what-if 'magic:2' can't be done"),
         (["--model", "smollm2", "--length", "100000000"], "GiB are free"),
         (["--model", "smollm2", "--weights-only", "--teacher", "smollm2"], "can't be combined"),
         (["--model", "nowhere"], "nowhere"),

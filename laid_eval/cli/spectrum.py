@@ -92,6 +92,8 @@ def spectrum(
     wanted = _knockout(knockout)
     # Imported here: --help needs none of it.
     from laid_eval.report.plot.spectra import save_spectra
+    from laid_eval.runs import HEADER
+    from laid_eval.spectra import load_spectrum
 
     with _live() as step:
         try:
@@ -123,6 +125,8 @@ def spectrum(
         except KeyboardInterrupt:
             step.interrupted()
     figures = save_spectra(run)
+    if (run.path / "teacher" / HEADER).is_file():
+        save_spectra(load_spectrum(run.path / "teacher"))
     if as_json:
         document = {"run": str(run.path), **run.header.model_dump(mode="json")}
         print(json.dumps(document, indent=1, allow_nan=False))
@@ -194,6 +198,8 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
     if header.bands:
         console.print("\n[bold]rotary pairs by wavelength[/bold] (nats; intervals over texts in run.json)")
         console.print(_bands_table(header.bands))
+    if header.knockout_baseline:
+        console.print(f"window with nothing unrotated: {header.knockout_baseline}")
     for c in header.coverage:
         where = "all rotating layers" if len(header.coverage) == 1 else f"layers {', '.join(map(str, c.layers))}"
         horizon = "beyond 1,048,576" if c.horizon is None else f"{c.horizon:,}"
@@ -212,8 +218,9 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
         console.print(_comparison_table(header, wide))
     for w in header.what_if:
         console.print(
-            f"what if {w.scaling}: mean logits change by {w.change:.2g} nats (RMS); the prediction explains "
-            f"{w.agreement:.0%} of it, and is off by {w.first_layer_error:.1g} in the first layer, where it is exact"
+            f"what if {w.scaling}: mean logits change by {w.change:.2g} nats (RMS)"
+            + ("" if w.agreement is None else f"; the prediction explains {w.agreement:.0%} of it")
+            + f", and is off by {w.first_layer_error:.1g} in the first layer, where it is exact"
         )
     cost = header.cost
     memory = f", peak memory {cost.peak_memory_bytes / GIB:.1f} GiB" if cost.peak_memory_bytes else ""
@@ -245,23 +252,24 @@ def _bands_table(found: tuple[Band, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
     measured = found[0].utility is not None
     knocked = found[0].knockout is not None
+    windowed = any(b.knockout_window for b in found)
     columns = ["wavelength", "pairs", "usage", "even"]
     columns += ["contribution", "utility", "kind"] if measured else []
     columns += ["loss unrotated"] if knocked else []
-    columns += ["window unrotated"] if any(b.knockout_window for b in found) else []
+    columns += ["window unrotated"] if windowed else []
     for column in columns:
         table.add_column(column, justify="left" if column in ("wavelength", "kind") else "right")
     for b in found:
-        span = f"{b.low:,.0f} - {b.high:,.0f}" if b.high is not None else f"{b.low:,.0f} and more"
+        span = "do not turn" if b.low is None else f"{b.low:,.0f} and more"
+        span = span if b.low is None or b.high is None else f"{b.low:,.0f} - {b.high:,.0f}"
         row = [span, f"{b.pairs:g}", f"{b.usage.value or 0:.1%}", f"{b.even:.1%}"]
         if measured:
             row += [_number(b.contribution), _number(b.utility), b.kind or ""]
-        row += (
-            [f"+{b.knockout.value:.3f}" if b.knockout.value >= 0 else f"{b.knockout.value:.3f}"]
-            if (knocked and b.knockout and b.knockout.value is not None)
-            else []
-        )
-        row += [b.knockout_window] if b.knockout_window else []
+        if knocked:
+            rise = b.knockout.value if b.knockout else None
+            row.append("" if rise is None else f"{rise:+.3f}")
+        if windowed:
+            row.append(b.knockout_window or "")
         table.add_row(*row)
     return table
 

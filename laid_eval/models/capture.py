@@ -162,10 +162,7 @@ def capture(model: PreTrainedModel, observer: Observer, exact: bool = False) -> 
         UserError: The family does not dispatch through the interface.
     """
     if not model._can_set_attn_implementation():
-        raise UserError(
-            f"The attention of {type(model).__name__} can't be seen: it does not go through transformers' attention "
-            "interface. Models written for transformers 5 do (Llama, Qwen, Gemma, Mistral, Phi, ...)."
-        )
+        raise UserError(hidden_attention(type(model).__name__))
     decoder = model.get_decoder()
     token = _active.set(_Capture(observer, exact, frozenset(id(m) for m in decoder.modules())))
     own = _implementations(model)
@@ -210,6 +207,14 @@ def check_capture(model: PreTrainedModel) -> float:
             f"(allowed {bound:.2g}). Nothing was measured; please report the model."
         )
     return gap
+
+
+def hidden_attention(name: str) -> str:
+    """One line on a model whose attention can't be captured."""
+    return (
+        f"The attention of {name} can't be seen: it does not go through transformers' attention interface. Models "
+        "written for transformers 5 do (Llama, Qwen, Gemma, Mistral, Phi, ...)."
+    )
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str]]:

@@ -52,22 +52,26 @@ class Rate:
     attention: float
 
 
-def _empty(described: Described) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"), quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            described.config, trust_remote_code=described.trust_remote_code
-        )
+def empty_model(described: Described) -> PreTrainedModel:
+    """The model without memory for its weights.
+
+    Raises:
+        UserError: The configuration describes no causal language model of the library.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                described.config, trust_remote_code=described.trust_remote_code
+            )
+    except Exception as error:  # a configuration that describes no causal language model of the library
+        raise UserError(load_failure(described.source, error)) from None
     return model
 
 
 def shape_of(described: Described) -> Shape:
-    """Sizes from the configuration; parameters counted on a model without memory."""
+    """Sizes from the configuration; parameters counted on a model without memory. Raises as `empty_model`."""
     text = described.text_config
-    try:
-        model = _empty(described)
-    except Exception as error:  # a configuration that describes no causal language model of the library
-        raise UserError(load_failure(described.source, error)) from None
+    model = empty_model(described)
     heads = getattr(text, "num_attention_heads", 1)
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -201,8 +201,8 @@ def _refuse_non_causal(source: Source, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder or (names and not causal):
         kind = names[0] if names else config.model_type
         raise UserError(
-            f"Model {source.name!r} is a {kind}, not a causal language model; a window is measured on models that "
-            "predict the next token (…ForCausalLM)."
+            f"Model {source.name!r} is a {kind}, not a causal language model; models that predict the next token "
+            "(…ForCausalLM) can be measured."
         )
 
 
@@ -227,4 +227,7 @@ def load_failure(source: Source, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return f"Model {source.name!r} needs code that comes with it. If you trust its authors: --trust-remote-code."
+    if "Unrecognized configuration class" in text:
+        kind = text.partition("configuration class")[2].split("for")[0].strip(" <>'").rpartition(".")[2].rstrip("'>")
+        return f"Model {source.name!r} ({kind}) is no text-only causal language model; those are what can be measured."
     return f"Model {source.name!r} can't be loaded: {text[:240]}"

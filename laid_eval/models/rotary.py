@@ -67,6 +67,9 @@ class Rotary:
 
     def turns(self, positions: Tensor) -> Tensor:
         """(N, F) unit numbers e^(i theta position) for positions (N,), or (3, N) by axis; angles in float64."""
+        where = positions.device
+        if where.type == "mps":  # which has no float64
+            return self.turns(positions.cpu()).to(torch.complex64).to(where)
         theta = torch.as_tensor(self.theta, device=positions.device, dtype=torch.float64)
         if positions.ndim == 1 or self.axis is None:
             line = positions if positions.ndim == 1 else positions[0]
@@ -115,7 +118,7 @@ def rotaries_of_config(config: PreTrainedConfig, length: int) -> list[Rotary | N
     except Exception as error:
         raise UserError(
             f"The rotary pairs of a {config.model_type} model can't be found without its weights "
-            f"({type(error).__name__}); measure it without --weights-only."
+            f"({type(error).__name__}): no small model of the family can be made."
         ) from None
     return rotaries(model, length)
 
@@ -283,9 +286,8 @@ def _explain(
 ) -> Rotary | None:
     """The candidate and layout that turn `still` into every `moved`; `None` where nothing turned."""
     size = float(still.abs().max())
-    if max(float((seen - still).abs().max()) for _, seen in moved) <= 1e-6 * size:
-        return None
-    best, least = None, np.inf
+    # what rounding in the layers below moves, a layer that rotates moves many times more
+    best, least = None, max(float((seen - still).abs().max()) for _, seen in moved) / size
     for rotary in _layouts(still.shape[-1], candidates):
         z = rotary.pairs(still)
         worst = 0.0
@@ -298,7 +300,7 @@ def _explain(
             worst = max(worst, float((expected - seen).abs().max()) / size)
         if worst < least:
             best, least = rotary, worst
-    if best is None or least > bound:
+    if least > bound:
         raise UserError(
             f"{name} turns its queries and keys in a way that no known rotary layout explains (best residual "
             f"{least:.2g}, allowed {bound:.2g}); its rotary pairs can't be analysed."

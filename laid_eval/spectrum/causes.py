@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from laid_eval.models.load import scale_rope
 from laid_eval.models.rotary import Rotary, rotaries, unrotated
 from laid_eval.spectra import WhatIf
 from laid_eval.spectrum.collect import Arrays, observe_text
-from laid_eval.spectrum.observe import BANDS
 
 Floats = NDArray[np.float64]
 _POSITIONS = 512
@@ -27,22 +25,25 @@ _POSITIONS = 512
 
 
 def knockout_losses(
-    model: PreTrainedModel, texts: Sequence[Sequence[int]], progress: Callable[[str], None] = lambda _: None
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    edges: Sequence[tuple[float, float]],
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[float, Floats]:
     """Rise of the loss with each band of wavelengths unrotated, by the band's lower edge: (T,) nats/token.
 
-    One forward pass a band and text. Bands without pairs are left out.
+    One forward pass a band and text.
 
     Raises:
         UserError: The model's frequencies change with the length.
     """
+    progress("loss with nothing unrotated")
     own = np.array([_loss(model, ids) for ids in texts])
     out: dict[float, Floats] = {}
-    for low, high in pairwise(BANDS):
-        with unrotated(model, low, high) as stopped:
-            if stopped:
-                progress(f"without wavelengths from {low:,.0f} tokens")
-                out[low] = np.array([_loss(model, ids) for ids in texts]) - own
+    for low, high in edges:
+        progress(f"loss without wavelengths from {low:,.0f} tokens")
+        with unrotated(model, low, high):
+            out[low] = np.array([_loss(model, ids) for ids in texts]) - own
     return out
 
 
@@ -100,12 +101,12 @@ def _scale_base(inner: Any, scaling: str, number: str) -> None:
         factor = float(number)
     except ValueError:
         factor = 0.0
-    if not factor > 0 or "rope_theta" not in rope:
+    if not (0 < factor < 1e6) or "rope_theta" not in rope:
         raise UserError(
             f"--what-if {scaling!r} can't be done: base:FACTOR needs a factor above 0 and a model with one rotary base."
         )
     head = getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads
-    pairs = head * rope.get("partial_rotary_factor", 1.0) / 2
+    pairs = max(head * rope.get("partial_rotary_factor", 1.0) / 2, 2)
     inner.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor ** (pairs / (pairs - 1))}
 
 
@@ -154,7 +155,7 @@ def what_if(
     record = WhatIf(
         scaling=scaling,
         first_layer_error=float(error),
-        agreement=1 - float(np.nansum((change - guess) ** 2)) / spread if spread else 1.0,
+        agreement=1 - float(np.nansum((change - guess) ** 2)) / spread if spread else None,
         change=float(np.sqrt(np.nanmean(change**2))),
     )
     return record, predicted, measured

@@ -18,16 +18,18 @@ from laid_eval.errors import UserError
 from laid_eval.models.capture import Call, capture
 from laid_eval.models.rotary import Rotary
 from laid_eval.spectra import UNREADABLE, read_arrays, save_arrays
-from laid_eval.spectrum.distance import half_mass_distance, octave_mass
+from laid_eval.spectrum.distance import half_mass_distance, mean_log2_distance, octave_mass
 from laid_eval.spectrum.fourier import (
     default_cuts,
     frequency_grid,
+    half_power_frequency,
     low_frequency_ratio,
     spectral_centroid,
     spectral_entropy,
     transfer,
 )
-from laid_eval.spectrum.observe import log_distances, observe, sample, stationary_width
+from laid_eval.spectrum.layout import log_distances, stationary_width
+from laid_eval.spectrum.observe import observe, sample
 
 Floats = NDArray[np.floating[Any]]
 Arrays = dict[str, NDArray[Any]]
@@ -80,7 +82,7 @@ def finish(parts: Sequence[Arrays], rotary: Sequence[Rotary | None], length: int
     """The arrays of `laid_eval.spectra.ARRAYS` from those of each text."""
     texts = [_derived(part) for part in parts]
     out: Arrays = {name: np.stack([t[name] for t in texts]) for name in texts[0]}
-    out["profile"] = np.stack([part["profile"] for part in parts]).mean(axis=0)
+    out["profile"] = np.stack([part["profile"].mean(axis=1) for part in parts]).mean(axis=0)
     out |= {name: parts[0][name] for name in _WHOLE[1:] if name in parts[0]}
     layers = parts[0]["layers"]
     pairs = max((len(r.theta) for r in rotary if r), default=0)
@@ -100,21 +102,25 @@ def finish(parts: Sequence[Arrays], rotary: Sequence[Rotary | None], length: int
 
 def _derived(part: Arrays) -> Arrays:
     """What is kept of one text."""
-    profile = part["profile"].astype(np.float64)
+    one, two = np.moveaxis(part["profile"].astype(np.float64), 1, 0)  # two samples of every profile
+    profile = (one + two) / 2
     tail = np.clip(part["tail"], 0, None)
     near, far = default_cuts(profile.shape[-1])
+    grid = frequency_grid(profile.shape[-1])
     out: Arrays = {
         "octave": octave_mass(profile, tail),
         "sink": part["sink"],
         "learned_sink": part["learned_sink"],
         "entropy": part["entropy"],
-        "power": np.square(np.abs(transfer(profile, frequency_grid(profile.shape[-1])))),
+        "power": np.maximum((transfer(one, grid) * transfer(two, grid).conj()).real, 0),
         "d50": half_mass_distance(profile, 0.5, tail),
         "d90": half_mass_distance(profile, 0.9, tail),
-        "low_ratio": low_frequency_ratio(profile, near),
-        "low_ratio_64": low_frequency_ratio(profile, far),
-        "centroid": spectral_centroid(profile).log,
-        "spectral_entropy": spectral_entropy(profile),
+        "log_distance": mean_log2_distance(profile),
+        "half_power": half_power_frequency(profile),
+        "low_ratio": low_frequency_ratio(one, near, other=two),
+        "low_ratio_64": low_frequency_ratio(one, far, other=two),
+        "centroid": spectral_centroid(one, other=two).log,
+        "spectral_entropy": spectral_entropy(one, other=two),
     }
     if "query_norm" in part:
         scale = part["scale"].reshape(-1, 1, 1)
@@ -122,6 +128,7 @@ def _derived(part: Arrays) -> Arrays:
         out |= {
             "usage": scale * part["query_norm"] * part["key_norm"],
             "concentration": mean / np.maximum(part["query_norm"], 1e-12),
+            "key_concentration": np.linalg.norm(part["key_mean"], axis=-1) / np.maximum(part["key_norm"], 1e-12),
             "contribution": part["contribution"],
             "utility": part["utility"],
         }
@@ -132,7 +139,7 @@ def mass_residual(parts: Sequence[Arrays]) -> float:
     """Largest distance from one of a head's masses: profile, tail, sinks."""
     worst = 0.0
     for part in parts:
-        total = part["profile"].sum(-1, dtype=np.float64) + part["tail"] + part["sink"] + part["learned_sink"]
+        total = part["profile"].mean(1, dtype=np.float64).sum(-1) + part["tail"] + part["sink"] + part["learned_sink"]
         worst = max(worst, float(np.abs(total - 1).max()))
     return worst
 

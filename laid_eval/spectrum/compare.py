@@ -7,7 +7,7 @@ its record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from laid_eval.errors import UserError
 from laid_eval.spectra import ARRAYS, Compared, LoadedSpectrum
 from laid_eval.spectrum.distance import js_divergence, wasserstein_octaves
 from laid_eval.spectrum.fourier import normalised
-from laid_eval.spectrum.intervals import sign_flip_p, text_interval
-from laid_eval.spectrum.observe import BANDS
-from laid_eval.spectrum.summary import far_bins, far_distance, outside_sinks, usage_share
+from laid_eval.spectrum.intervals import mean_there, sign_flip_p, text_interval
+from laid_eval.spectrum.layout import BANDS, far_bins, far_distance
+from laid_eval.spectrum.mixing import Mixing
+from laid_eval.spectrum.summary import outside_sinks, usage_share
 
 Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
+_NOTHING = 1e-4  # share of mass or usage, or nats of utility
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Comparison:
 
     measures: tuple[Compared, ...]
     arrays: Arrays
-    """gain_db (L, F) and wavelength (F,), tokens, where pairs agree; keep_r2 (L, F) where keys were compared."""
+    """gain_db and wavelength (tokens), (L, F) both, where pairs agree; key_r2 (L, F) where keys were compared."""
     notes: tuple[str, ...]
 
 
@@ -44,7 +46,7 @@ def compare_spectra(
     Args:
         student: A run.
         teacher: A run.
-        mixing: Keys of both on one text, from `key_grams`; `None`: no mixing residual.
+        mixing: Of both models' keys on one text, from `mix_keys`; `None`: no mixing residual.
         seed: Of the permutations.
 
     Raises:
@@ -70,7 +72,7 @@ def compare_spectra(
     arrays: Arrays = {}
     if _same_pairs(own, other):
         gain = _gain(own, other)
-        arrays = {"gain_db": gain, "wavelength": 2 * np.pi / own["theta"][_turning(own)[0]]}
+        arrays = {"gain_db": gain, "wavelength": _wavelength(own)}
     if mixing is not None:
         found += _mixing(mixing, seed)
         arrays["key_r2"] = mixing.by_pair
@@ -153,38 +155,36 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
             )
         )
         return out
-    with np.errstate(divide="ignore"):
-        wavelength = 2 * np.pi / own["theta"][_turning(own)[0]]
-    finite = np.isfinite(wavelength)
+    wavelength = _wavelength(own)
+    finite = np.isfinite(wavelength)  # (L, F)
     chosen = finite & (wavelength >= low)
-    octaves = np.log2(wavelength[finite])
     out += [
         _Measure(
             "low_frequency_energy",
             "0..1",
             f"usage shares of pairs with wavelengths from {low:,.0f} tokens: overlap over the teacher's; mean over "
             "layers",
-            lambda s, t: _overlap(_layer_mean(usage_share(s)), _layer_mean(usage_share(t)), chosen),
+            lambda s, t: _overlap(_within(s, chosen), _within(t, chosen), slice(None)),
             1.0,
         ),
         _Measure(
             "usage_distance",
             "octaves",
             "Wasserstein-1 distance between usage shares over log2 wavelength; mean over layers",
-            lambda s, t: _transport(s, t, finite, octaves)[0],
+            lambda s, t: _transport(s, t, wavelength)[0],
             0.0,
         ),
         _Measure(
             "usage_shift",
             "octaves",
             "mean log2 wavelength of usage, student minus teacher: negative is a loss of long wavelengths",
-            lambda s, t: _transport(s, t, finite, octaves)[1],
+            lambda s, t: _transport(s, t, wavelength)[1],
             0.0,
             signed=True,
         ),
     ]
     if not chosen.any():
-        notes.append(f"no rotary pair has a wavelength from {low:,.0f} tokens: there is no low-frequency gain")
+        notes.append(f"no rotary pair has a wavelength from {low:,.0f} tokens: nothing of low frequency is compared")
         return out
     out.append(
         _Measure(
@@ -192,7 +192,7 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
             "dB",
             f"10 log10 of student's over teacher's usage of pairs with wavelengths from {low:,.0f} tokens; mean over "
             "layers and pairs",
-            lambda s, t: _gain_per_text(s, t)[..., chosen].mean(-1),
+            lambda s, t: _mean_of(_gain_per_text(s, t), chosen),
             0.0,
             signed=True,
         )
@@ -207,21 +207,19 @@ def _compared(m: _Measure, own: Arrays, other: Arrays, confidence: float, seed: 
     there = ~np.isnan(values).all(axis=0)  # layers; one that does not rotate has no pairs
     if not there.any():
         return None
-    interval = text_interval(np.nanmean(values, axis=1), confidence)
+    interval = text_interval(mean_there(values, 1), confidence)
     floor, p = None, None
     if texts >= 2:
         half = texts // 2
         even, odd = _texts(own, slice(0, 2 * half, 2)), _texts(own, slice(1, 2 * half, 2))
         floors = m.per_layer(odd, even)[:, there]
-        floor = float(np.nanmean(floors))
+        floor = float(np.nanmean(floors)) if not np.isnan(floors).all() else None
         # signed measures are tested against zero, distances against what texts alone do
-        beyond = np.nanmean(values[:, there], axis=0) - m.perfect
-        if m.name not in ("usage_shift", "low_frequency_gain"):
-            beyond = np.abs(beyond) - np.abs(np.nanmean(floors, axis=0) - m.perfect)
-            # nearer to each other than texts are is no difference, however sure it is
-            p = sign_flip_p(beyond, seed) if beyond.sum() > 0 else 1.0
-        else:
+        beyond = mean_there(values[:, there], 0) - m.perfect
+        if m.signed:
             p = sign_flip_p(beyond, seed)
+        else:
+            p = _one_sided(np.abs(beyond) - np.abs(mean_there(floors, 0) - m.perfect), seed)
     low, high = (float(x) if np.isfinite(x) else None for x in (interval.low, interval.high))
     return Compared(
         name=m.name,
@@ -240,37 +238,36 @@ def _one_sided(excess: Floats, seed: int) -> float | None:
     p = sign_flip_p(excess, seed)
     if p is None:
         return None
-    return p / 2 if np.nanmean(excess) > 0 else 1 - p / 2
+    return p / 2 if np.nanmean(excess) > 0 else 1.0  # nearer than texts are to each other is no difference
+
+
+_PER_LAYER = ("layers", "theta", "scale", "profile", "logit", "moment", "rms")
+_GRIDS = ("distances", "frequencies")
 
 
 def _at_layers(name: str, x: NDArray[Any], match: NDArray[np.int64]) -> NDArray[Any]:
-    if name in ("distances", "frequencies"):
+    if name in _GRIDS:
         return x
-    return x[match] if name in ("layers", "theta", "scale", "profile", "logit", "moment", "rms") else x[:, match]
+    return x[match] if name in _PER_LAYER else x[:, match]
 
 
 def _texts(arrays: Arrays, pick: slice) -> Arrays:
-    once = ("layers", "theta", "scale", "profile", "logit", "moment", "rms", "distances", "frequencies")
-    return {name: x if name in once else x[pick] for name, x in arrays.items()}
+    return {name: x if name in (*_PER_LAYER, *_GRIDS) else x[pick] for name, x in arrays.items()}
 
 
 def _layer_mean(x: NDArray[Any]) -> Floats:
     """(T, L, ...) mean over heads of (T, L, H, ...); NaN where no head has a value (layers that do not rotate)."""
-    there = ~np.isnan(x)
-    count = there.sum(axis=2)
-    total: Floats = np.where(there, x, 0).sum(axis=2, dtype=np.float64)
-    return total / np.where(count > 0, count, np.nan)
+    return mean_there(x, 2)
 
 
 def _overlap(student: Floats, teacher: Floats, pick: Any) -> Floats:
     """(T, L) sum of the lesser of two (T, L, K) over the sum of the second, within `pick`.
 
-    1 where the second is nothing, NaN where either has no value.
+    NaN, so left out of every mean, where the teacher has next to nothing (1e-4): there is nothing to keep.
     """
     whole = teacher[..., pick].sum(-1)
     both = np.minimum(student, teacher)[..., pick].sum(-1)
-    kept = np.where(whole > 1e-9, both / np.where(whole > 1e-9, whole, 1.0), 1.0)
-    return np.where(np.isnan(both), np.nan, kept)
+    return np.where(whole > _NOTHING, both / np.where(whole > _NOTHING, whole, 1.0), np.nan)
 
 
 def _leakage(student: Arrays, teacher: Arrays, cut: float) -> Floats:
@@ -279,8 +276,22 @@ def _leakage(student: Arrays, teacher: Arrays, cut: float) -> Floats:
     return np.asarray(np.maximum(other - own, 0)[..., low].sum(-1))
 
 
-def _turning(arrays: Arrays) -> NDArray[np.int64]:
-    return np.flatnonzero(~np.isnan(arrays["theta"]).all(axis=1))
+def _wavelength(arrays: Arrays) -> Floats:
+    """(L, F) tokens per turn; infinite where a pair does not turn, NaN where there is none."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(2 * np.pi / arrays["theta"])
+
+
+def _within(arrays: Arrays, chosen: NDArray[np.bool_]) -> Floats:
+    """(T, L, F) mean usage share over heads, 0 outside the chosen pairs (L, F)."""
+    return np.where(chosen, np.nan_to_num(_layer_mean(usage_share(arrays))), 0.0)
+
+
+def _mean_of(x: Floats, chosen: NDArray[np.bool_]) -> Floats:
+    """(T, L) mean of (T, L, F) over the chosen pairs of each layer; NaN where there is none."""
+    count = chosen.sum(axis=1)
+    total = np.where(chosen, np.nan_to_num(x), 0.0).sum(axis=-1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _same_pairs(own: Arrays, other: Arrays) -> bool:
@@ -293,17 +304,21 @@ def _same_pairs(own: Arrays, other: Arrays) -> bool:
 
 def _low_share(arrays: Arrays, low: float) -> Floats:
     """(T, L, 1) mean over heads of the usage share of wavelengths from `low` tokens."""
-    with np.errstate(divide="ignore"):
-        chosen = 2 * np.pi / arrays["theta"] >= low
-    share = usage_share(arrays)
-    found = np.nansum(np.where(chosen[None, :, None], share, 0), axis=-1)
-    return _layer_mean(np.where(np.isnan(share).all(axis=-1), np.nan, found))[..., None]
+    wavelength = _wavelength(arrays)
+    chosen = np.isfinite(wavelength) & (wavelength >= low)
+    return np.asarray(_within(arrays, chosen).sum(axis=-1, keepdims=True))
 
 
-def _transport(student: Arrays, teacher: Arrays, finite: NDArray[np.bool_], octaves: Floats) -> tuple[Floats, Floats]:
-    own, other = (_layer_mean(usage_share(a))[..., finite] for a in (student, teacher))
-    moved = wasserstein_octaves(own, other, octaves)
-    return moved.distance, moved.shift
+def _transport(student: Arrays, teacher: Arrays, wavelength: Floats) -> tuple[Floats, Floats]:
+    """(T, L) distance and shift of usage over log2 wavelength; NaN for layers that do not rotate."""
+    own, other = (_layer_mean(usage_share(a)) for a in (student, teacher))
+    moved = np.full((2, *own.shape[:2]), np.nan)
+    for layer, row in enumerate(wavelength):
+        finite = np.isfinite(row)
+        if finite.any():
+            found = wasserstein_octaves(own[:, layer, finite], other[:, layer, finite], np.log2(row[finite]))
+            moved[:, :, layer] = found.distance, found.shift
+    return moved[0], moved[1]
 
 
 def _gain_per_text(student: Arrays, teacher: Arrays) -> Floats:
@@ -316,66 +331,6 @@ def _gain(student: Arrays, teacher: Arrays) -> Floats:
     return np.asarray(_gain_per_text(student, teacher).mean(axis=0))
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """How well mixtures of the teacher's key heads give the student's, on held-out tokens. L layers, F pairs."""
-
-    by_layer: Floats
-    """(L,) R^2."""
-    floor: Floats
-    """(L,) the same with the teacher's keys of another text."""
-    by_pair: Floats
-    """(L, F) R^2 of each rotary pair."""
-    low: Floats
-    """(L,) R^2 over pairs that turn less than once in the text, weighted by their energy; NaN without such."""
-
-
-def mix_keys(
-    student: Sequence[NDArray[np.complex128]],
-    teacher: Sequence[NDArray[np.complex128]],
-    other_text: Sequence[NDArray[np.complex128]],
-    low: NDArray[np.bool_],
-) -> Mixing:
-    """Closed-form best real mixture of teacher key heads for every student key head, layer by layer.
-
-    minimise ||K_s - sum_g w_g K_t,g||^2 over w on the first half of the tokens (ridge 1e-6 of the trace), judged on
-    the second half: what LAid's learned mixture can reach at best (its alignment loss, arXiv 2512.21576).
-
-    Args:
-        student: Per layer (G, N, F) complex key pairs.
-        teacher: Per matched layer (G', N, F), same tokens.
-        other_text: The teacher's on another text: the floor.
-        low: (F,) pairs that count as low.
-    """
-    found = [_residual(s, t) for s, t in zip(student, teacher, strict=True)]
-    floors = [_residual(s, t) for s, t in zip(student, other_text, strict=True)]
-    return Mixing(
-        by_layer=np.array([_explained(left, whole) for left, whole in found]),
-        floor=np.array([_explained(left, whole) for left, whole in floors]),
-        by_pair=np.array([1 - left / np.maximum(whole, 1e-30) for left, whole in found]),
-        low=np.array([_explained(left[low], whole[low]) if low.any() else np.nan for left, whole in found]),
-    )
-
-
-def _explained(left: Floats, whole: Floats) -> float:
-    return float(1 - left.sum() / max(whole.sum(), 1e-30))
-
-
-def mixture(student: NDArray[np.complex128], teacher: NDArray[np.complex128]) -> Floats:
-    """(G, G') weights of the least-squares mixture of teacher key heads (G', N, F) for student heads (G, N, F)."""
-    gram = np.einsum("gnf,hnf->gh", teacher.conj(), teacher).real
-    right = np.einsum("gnf,hnf->gh", teacher.conj(), student).real
-    ridge = 1e-6 * np.trace(gram) / len(gram)
-    return np.asarray(np.linalg.solve(gram + ridge * np.eye(len(gram)), right).T)
-
-
-def _residual(student: NDArray[np.complex128], teacher: NDArray[np.complex128]) -> tuple[Floats, Floats]:
-    half = student.shape[1] // 2
-    weights = mixture(student[:, :half], teacher[:, :half])
-    left = student[:, half:] - np.einsum("gh,hnf->gnf", weights, teacher[:, half:])
-    return (np.abs(left) ** 2).sum(axis=(0, 1)), (np.abs(student[:, half:]) ** 2).sum(axis=(0, 1))
-
-
 def _mixing(mixing: Mixing, seed: int) -> list[Compared]:
     out = [
         Compared(
@@ -383,8 +338,8 @@ def _mixing(mixing: Mixing, seed: int) -> list[Compared]:
             unit="R^2",
             definition="share of the student's key energy that the best mixture of the matched teacher layer's key "
             "heads gives, on held-out tokens; mean over layers. Floor: the teacher reads another text",
-            value=float(mixing.by_layer.mean()),
-            floor=float(mixing.floor.mean()),
+            value=float(np.nanmean(mixing.by_layer)),
+            floor=float(np.nanmean(mixing.floor)),
             p=_one_sided(mixing.by_layer - mixing.floor, seed),
         )
     ]
@@ -393,10 +348,11 @@ def _mixing(mixing: Mixing, seed: int) -> list[Compared]:
             Compared(
                 name="key_mixing_r2_low",
                 unit="R^2",
-                definition="the same over pairs that turn less than once in the text, weighted by their energy",
+                definition=f"the same over pairs with wavelengths above the {mixing.tokens:,} tokens of the text that "
+                "keys are compared on",
                 value=float(np.nanmean(mixing.low)),
-                floor=None,
-                p=None,
+                floor=float(np.nanmean(mixing.low_floor)),
+                p=_one_sided(mixing.low - mixing.low_floor, seed),
             )
         )
     return out

@@ -27,6 +27,7 @@ Complexes = NDArray[np.complex128]
 Taper = Literal["boxcar", "hann-symmetric"]
 
 _BLOCK = 4096  # distances whose exponentials are held at a time
+_SHARED = 0.1  # of the power, common to two samples of a profile, for it to have a spectrum
 _ROUNDING = 1e-12  # a profile that varies by less than this share of its peak is flat
 
 
@@ -123,30 +124,36 @@ def line_weights(width: int) -> Floats:
     return weights
 
 
-def periodogram(profile: ArrayLike, taper: Taper = "boxcar") -> Periodogram:
+def periodogram(profile: ArrayLike, taper: Taper = "boxcar", other: ArrayLike | None = None) -> Periodogram:
     """One-sided power spectrum of P - mean over distance (D6).
 
     Args:
         profile: (..., W) mass by distance.
         taper: `boxcar` (none; frequencies k / W), or `hann-symmetric`: the profile continued evenly to negative
             distances under a Hann centred on d = 0 (frequencies k / 2W).
+        other: A second, independent sample of the same profile: the power is then the real part of both samples'
+            cross-power, in which their sampling noise (white, so high-frequency power that is not there) averages to
+            nothing. Lines may fall below zero.
 
     Raises:
         ValueError: Another taper.
     """
-    mass = np.asarray(profile, dtype=np.float64)
-    tapered, energy = _tapered(mass, taper)
+    tapered, energy = _tapered(np.asarray(profile, dtype=np.float64), taper)
     length = tapered.shape[-1]
-    power = np.square(np.abs(np.fft.rfft(tapered, axis=-1)))
+    lines = np.fft.rfft(tapered, axis=-1)
+    again = lines if other is None else np.fft.rfft(_tapered(np.asarray(other, dtype=np.float64), taper)[0], axis=-1)
+    power = (lines * again.conj()).real
     return Periodogram(_grid(length), line_weights(length) * power / energy)
 
 
-def low_frequency_ratio(profile: ArrayLike, cut: float, taper: Taper = "boxcar") -> Floats:
-    """(...) share of the power at 0 < nu <= cut, cut in cycles/token (LFER, D7).
+def low_frequency_ratio(
+    profile: ArrayLike, cut: float, taper: Taper = "boxcar", other: ArrayLike | None = None
+) -> Floats:
+    """(...) share of the power at 0 < nu <= cut, cut in cycles/token (LFER, D7). `other`: see `periodogram`.
 
     It moves little, and may move either way, when a two-scale head loses its far mass: read octave masses first.
     """
-    frequency, share = _power_shares(profile, taper)
+    frequency, share = _power_shares(profile, taper, other)
     low = share[..., frequency <= cut * (1 + 1e-9)].sum(axis=-1)  # a line on the cut is low, rounding or not
     return np.where(np.isnan(share[..., 0]), np.nan, low)
 
@@ -156,22 +163,25 @@ def default_cuts(width: int) -> tuple[float, float]:
     return 4 / width, 1 / 64
 
 
-def spectral_centroid(profile: ArrayLike, taper: Taper = "boxcar") -> Centroid:
+def spectral_centroid(profile: ArrayLike, taper: Taper = "boxcar", other: ArrayLike | None = None) -> Centroid:
     """Mean frequency of the power above zero frequency, cycles/token (D7)."""
-    frequency, share = _power_shares(profile, taper)
+    frequency, share = _power_shares(profile, taper, other)
     return Centroid(np.asarray(share @ frequency), np.exp(share @ np.log(frequency)))
 
 
-def spectral_entropy(profile: ArrayLike, taper: Taper = "boxcar") -> Floats:
+def spectral_entropy(profile: ArrayLike, taper: Taper = "boxcar", other: ArrayLike | None = None) -> Floats:
     """(...) entropy of the power over frequency, nats: 0 for a tone, ln(number of lines) for white (D7)."""
-    _, share = _power_shares(profile, taper)
+    _, share = _power_shares(profile, taper, other)
+    share = normalised(np.maximum(share, 0))  # lines of a cross-power may lie below zero
     logs = np.log(share, out=np.zeros_like(share), where=share > 0)
     return np.asarray(-(share * logs).sum(axis=-1)) + 0.0
 
 
-def spectral_edge(profile: ArrayLike, share: float = 0.95, taper: Taper = "boxcar") -> Floats:
+def spectral_edge(
+    profile: ArrayLike, share: float = 0.95, taper: Taper = "boxcar", other: ArrayLike | None = None
+) -> Floats:
     """(...) lowest frequency, cycles/token, below which `share` of the power lies (edge-95 of D7)."""
-    frequency, shares = _power_shares(profile, taper)
+    frequency, shares = _power_shares(profile, taper, other)
     reached = np.cumsum(shares, axis=-1) >= share * (1 - 1e-12)
     return np.where(np.isnan(shares[..., 0]), np.nan, frequency[np.argmax(reached, axis=-1)])
 
@@ -232,10 +242,15 @@ def _varying(mass: Floats, mean: Floats) -> Floats:
     return np.where(flat, 0.0, rest)
 
 
-def _power_shares(profile: ArrayLike, taper: Taper) -> tuple[Floats, Floats]:
+def _power_shares(profile: ArrayLike, taper: Taper, other: ArrayLike | None) -> tuple[Floats, Floats]:
     """Frequencies above zero (F,) and the share of the power at each (..., F)."""
-    frequency, density = periodogram(profile, taper)
-    return frequency[1:], normalised(density[..., 1:])
+    frequency, density = periodogram(profile, taper, other)
+    power = density[..., 1:]
+    if other is not None:
+        # Where the samples share next to nothing there is only noise: no shares, instead of wild ones.
+        own = (periodogram(profile, taper).density + periodogram(other, taper).density)[..., 1:].sum(axis=-1) / 2
+        power = np.where((power.sum(axis=-1) > _SHARED * own)[..., None], power, np.nan)
+    return frequency[1:], normalised(power)
 
 
 def _first_half(frequency: Floats, power: Floats) -> float:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from laid_eval.models.capture import Call, capture
 from laid_eval.models.fork import ForkedText
-from laid_eval.models.rotary import Rotary
 from laid_eval.spectrum.collect import observe_text
 from laid_eval.spectrum.distance import js_divergence, octave_mass
 from laid_eval.spectrum.texts import NeedleText
@@ -77,7 +76,7 @@ def _steps(text: NeedleText) -> list[_Step]:
 
 
 def content_shift(
-    model: PreTrainedModel, text: Sequence[int], scrambled: Sequence[int], rotary: Sequence[Rotary | None], seed: int
+    model: PreTrainedModel, text: Sequence[int], scrambled: Sequence[int], layers: int, seed: int
 ) -> Floats:
     """(L, H) Jensen-Shannon divergence, nats, between the octave masses of a text and of its tokens shuffled.
 
@@ -85,6 +84,6 @@ def content_shift(
     """
     masses = []
     for ids in (text, scrambled):
-        part = observe_text(model, ids, rotary, queries=128, seed=seed, kernels=False)
-        masses.append(octave_mass(part["profile"], np.clip(part["tail"], 0, None)))
+        part = observe_text(model, ids, [None] * layers, queries=128, seed=seed, kernels=False)  # attention only
+        masses.append(octave_mass(part["profile"].mean(axis=1), np.clip(part["tail"], 0, None)))
     return np.asarray(js_divergence(*masses))

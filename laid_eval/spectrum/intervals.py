@@ -27,6 +27,13 @@ class Interval(NamedTuple):
     high: Floats
 
 
+def mean_there(x: ArrayLike, axis: int) -> Floats:
+    """Mean over an axis of what is there (not NaN); NaN where nothing is."""
+    values = np.asarray(x, dtype=np.float64)
+    count = (~np.isnan(values)).sum(axis=axis)
+    return np.asarray(np.nansum(values, axis=axis) / np.where(count > 0, count, np.nan))
+
+
 def text_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     """Mean over texts and its Student-t interval.
 

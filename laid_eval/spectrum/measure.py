@@ -29,7 +29,6 @@ from laid_eval.runs import HEADER, write_atomically
 from laid_eval.spectra import (
     HEADS,
     SPECTRA,
-    Band,
     Estimate,
     LoadedSpectrum,
     SpectrumCost,
@@ -42,10 +41,11 @@ from laid_eval.spectra import (
 )
 from laid_eval.spectrum.causes import knockout_losses, rescaled, what_if
 from laid_eval.spectrum.collect import Arrays, finish, load_part, mass_residual, observe_text, save_part
+from laid_eval.spectrum.fourier import taper_leakage
 from laid_eval.spectrum.heads import content_shift, retrieval_scores
 from laid_eval.spectrum.intervals import text_interval
 from laid_eval.spectrum.knockout_window import knockout_windows
-from laid_eval.spectrum.observe import SINKS
+from laid_eval.spectrum.layout import SINKS, stationary_width
 from laid_eval.spectrum.summary import bands, coverage, head_table, metrics, top_heads
 from laid_eval.spectrum.texts import needles, prose, shuffled
 from laid_eval.window.haystack import Corpus
@@ -57,6 +57,7 @@ SHORTEST = 256
 """Tokens: below, half a text holds too few octaves of distance."""
 _HEADS_LENGTH = 2048  # of needle texts
 _CONTENT_LENGTH = 1024  # of the text that is shuffled
+_NEEDLE_TEXTS = 2
 _PARTS = "parts"
 _GIB = 1024**3
 _SPARE = 16  # rows a table of positions may have beyond the claimed length (OPT: 2)
@@ -83,44 +84,48 @@ def measure(
     if before and before.header.status == "complete":
         return before
     check_memory(described, shape_of(described), settings.length)
-    started = time.perf_counter()
+    if before is None:
+        shutil.rmtree(folder / _PARTS, ignore_errors=True)  # of no run that is known
+    clock = _Clock(before.header.cost.seconds if before else 0.0)
     loaded = load(described)
+    gap = check_capture(loaded.model)
+    rotary = rotaries(loaded.model, settings.length)
+    _check_possible(loaded, rotary, settings)
+    frame = frame_of(loaded.tokenizer)
+    ids, notes = prose(corpus, frame, settings.length, settings.texts, settings.seed)
     run = SpectrumRun(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         status="partial",
         model=loaded.info,
         settings=settings,
         environment=environment(),
-        notes=_notes(loaded.info),
+        notes=(*_notes(loaded.info, settings.length), *notes),
     )
-    gap = check_capture(loaded.model)
-    rotary = rotaries(loaded.model, settings.length)
-    _check_possible(loaded, rotary, settings)
-    frame = frame_of(loaded.tokenizer)
-    ids = prose(corpus, frame, settings.length, settings.texts, settings.seed)
+
+    def keep() -> None:
+        save_spectrum(folder, run.model_copy(update={"cost": SpectrumCost(seconds=clock.seconds)}))
+
     try:
-        save_spectrum(folder, run)
+        keep()
     except OSError as error:
         raise UserError(f"--out '{folder}' can't be written: {error.strerror}. Choose another folder.") from None
-    parts = _texts(loaded.model, ids, rotary, settings, folder, report)
+    parts = _texts(loaded.model, ids, rotary, settings, folder, report, keep)
     arrays = finish(parts, rotary, settings.length)
     run = _summarised(run, arrays, rotary, parts, gap)
-    table, notes = _heads(loaded, arrays, ids, rotary, settings, corpus, frame, folder, report)
-    found = _bands_without(loaded, run.bands, ids, settings, folder, report)
+    table, more = _heads(loaded, arrays, ids, rotary, settings, corpus, frame, folder, report)
+    run = _knocked_out(loaded, run, ids, folder, report)
     guesses, kernels = _guesses(loaded.model, ids[0], arrays, rotary, settings, folder, report)
     save_arrays(folder / SPECTRA, arrays | kernels)
     write_atomically(folder / HEADS, table.to_csv(index=False, float_format="%.6g"))
-    passes = settings.texts * (1 + (len(found) + 1 if settings.knockout != "no" else 0)) + len(guesses)
     run = run.model_copy(
         update={
             "status": "complete",
             "top_heads": top_heads(table),
-            "bands": found,
             "what_if": guesses,
-            "notes": (*run.notes, *notes),
+            "notes": (*run.notes, *more),
             "cost": SpectrumCost(
-                tokens=passes * settings.length,
-                seconds=round(time.perf_counter() - started, 1),
+                tokens=_tokens(run),
+                seconds=clock.seconds,
                 peak_memory_bytes=peak_memory(loaded.model.device),
             ),
         }
@@ -130,12 +135,34 @@ def measure(
     return load_spectrum(folder)
 
 
+class _Clock:
+    """Seconds over all sessions of a run."""
+
+    def __init__(self, before: float) -> None:
+        self._started = time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return round(time.perf_counter() - self._started, 1)
+
+
+def _tokens(run: SpectrumRun) -> int:
+    """Tokens of all passes, knockout windows (runs of their own) left out."""
+    settings = run.settings
+    passes = settings.texts + len(settings.what_if)
+    if settings.knockout != "no":
+        passes += settings.texts * (1 + sum(b.knockout is not None for b in run.bands))
+    heads = 2 * min(_CONTENT_LENGTH, settings.length) + _NEEDLE_TEXTS * min(_HEADS_LENGTH, settings.length)
+    return passes * settings.length + heads
+
+
 def earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> LoadedSpectrum | None:
     """The run already in the folder, if it is of the same model and settings."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out '{folder}' is a file; give a folder.")
     if not (folder / HEADER).exists():
-        if folder.is_dir() and any(p for p in folder.iterdir() if p.name not in ("teacher", _PARTS)):
+        if folder.is_dir() and any(p for p in folder.iterdir() if p.name not in ("teacher", _PARTS, SPECTRA)):
             raise UserError(f"--out '{folder}' holds other files. Name a new or empty folder, or a spectrum run's.")
         return None
     found = load_spectrum(folder)
@@ -189,6 +216,7 @@ def _texts(
     settings: SpectrumSettings,
     folder: Path,
     report: Report,
+    keep: Callable[[], None],
 ) -> list[Arrays]:
     """Raw arrays of every text, from the disk where an earlier session finished one."""
     parts = []
@@ -209,6 +237,7 @@ def _texts(
                 ),
             )
             save_part(path, part)
+            keep()
         parts.append(part)
     return parts
 
@@ -218,8 +247,8 @@ def _summarised(
 ) -> SpectrumRun:
     n, confidence = run.settings.length, run.settings.confidence
     notes = list(run.notes)
-    still = [i for i, r in enumerate(rotary) if r is None]
-    if len(still) == len(rotary):
+    still = [int(i) for i in arrays["layers"] if rotary[i] is None]
+    if not any(rotary):
         notes.append("the model has no rotary pairs: only its attention is analysed")
     elif still:
         notes.append(f"layers without rotation: {', '.join(map(str, still))}")
@@ -229,10 +258,15 @@ def _summarised(
     has_pairs = "usage" in arrays
     return run.model_copy(
         update={
-            "checks": {"logit_gap": gap, "mass_residual": mass_residual(parts)},
+            "checks": {
+                "logit_gap": gap,
+                "mass_residual": mass_residual(parts),
+                "taper_main_lobe_on_bin": taper_leakage("boxcar", stationary_width(n)).on_bin,
+                "taper_main_lobe_half_bin": taper_leakage("boxcar", stationary_width(n)).half_bin,
+            },
             "metrics": metrics(arrays, n, confidence),
             "bands": bands(arrays, confidence),
-            "coverage": coverage(rotary, arrays, n) if has_pairs else (),
+            "coverage": coverage(rotary, arrays, n, run.model.claimed_length) if has_pairs else (),
             "notes": tuple(notes),
         }
     )
@@ -254,7 +288,7 @@ def _heads(
     n, seed = settings.length, settings.seed
     report(Progress(folder, "heads: shuffled text", 0, 2))
     text = list(ids[0][: min(_CONTENT_LENGTH, n)])
-    content = content_shift(loaded.model, text, shuffled(text, SINKS, seed), rotary, seed)
+    content = content_shift(loaded.model, text, shuffled(text, SINKS, seed), len(rotary), seed)
     report(Progress(folder, "heads: needles", 1, 2))
     retrieval = None
     reason = why_not_forked(loaded.model, n)
@@ -263,44 +297,46 @@ def _heads(
     else:
         probe = load_probe("needle")
         size = min(_HEADS_LENGTH, n)
-        retrieval = retrieval_scores(loaded.model, [needles(probe, corpus, frame, size, seed + k) for k in range(2)])
+        retrieval = retrieval_scores(
+            loaded.model, [needles(probe, corpus, frame, size, seed + k) for k in range(_NEEDLE_TEXTS)]
+        )
     return head_table(arrays, n, settings.confidence, retrieval, content), notes
 
 
-def _bands_without(
+def _knocked_out(
     loaded: LoadedModel,
-    found: tuple[Band, ...],
+    run: SpectrumRun,
     ids: Sequence[Sequence[int]],
-    settings: SpectrumSettings,
     folder: Path,
     report: Report,
-) -> tuple[Band, ...]:
-    """Bands with what their knockout does."""
+) -> SpectrumRun:
+    """The run with what happens when each band does not turn."""
+    settings = run.settings
     if settings.knockout == "no":
-        return found
-    count = [0]
+        return run
+    edges = [(b.low, float("inf") if b.high is None else b.high) for b in run.bands if b.low is not None]
+    total = len(edges) * (2 if settings.knockout == "window" else 1) + 1
+    done = 0
 
     def step(what: str) -> None:
-        count[0] += 1
-        report(Progress(folder, what, count[0] - 1, len(found)))
+        nonlocal done
+        report(Progress(folder, what, done, total))
+        done += 1
 
-    losses = knockout_losses(loaded.model, ids, step)
+    losses = knockout_losses(loaded.model, ids, edges, step)
+    baseline: str | None = None
     windows: dict[float, str] = {}
     if settings.knockout == "window":
-        windows = knockout_windows(loaded, found, settings, folder, step)
+        baseline, windows = knockout_windows(loaded, edges, settings, folder, step)
     out = []
-    for band in found:
-        values = text_interval(losses[band.low], settings.confidence)
-        mean, low, high = (float(x) if np.isfinite(x) else None for x in values)
-        out.append(
-            band.model_copy(
-                update={
-                    "knockout": Estimate(value=mean, low=low, high=high),
-                    "knockout_window": windows.get(band.low),
-                }
-            )
-        )
-    return tuple(out)
+    for band in run.bands:
+        if band.low is not None:
+            interval = text_interval(losses[band.low], settings.confidence)
+            mean, low, high = (float(x) if np.isfinite(x) else None for x in interval)
+            rise = Estimate(value=mean, low=low, high=high)
+            band = band.model_copy(update={"knockout": rise, "knockout_window": windows.get(band.low)})
+        out.append(band)
+    return run.model_copy(update={"bands": tuple(out), "knockout_baseline": baseline})
 
 
 def _guesses(
@@ -352,5 +388,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _notes(info: ModelInfo) -> tuple[str, ...]:
-    return () if info.dtype == "float32" else (f"computed in {info.dtype}: small differences drown in its rounding",)
+def _notes(info: ModelInfo, length: int) -> tuple[str, ...]:
+    notes = []
+    if info.dtype != "float32":
+        notes.append(f"computed in {info.dtype}: small differences drown in its rounding")
+    if info.claimed_length and length > info.claimed_length:
+        notes.append(f"measured beyond the claimed length of {info.claimed_length:,} tokens")
+    return tuple(notes)

@@ -23,13 +23,8 @@ from torch import Tensor
 
 from laid_eval.models.capture import ROWS, Call, wide
 from laid_eval.models.rotary import Rotary
+from laid_eval.spectrum.layout import BANDS, SINKS, log_distances, stationary_width
 
-SINKS = 4
-"""Tokens at the start of a text that are taken for attention sinks (Xiao et al. 2023, arXiv 2309.17453)."""
-BANDS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, float("inf"))
-"""Edges of the bands of rotary pairs, wavelength in tokens."""
-DISTANCES = 64
-"""Points of the log grid of distances."""
 FEW = 16
 """Rows whose softmax is computed once per band."""
 
@@ -52,30 +47,15 @@ class Sample:
         return stationary_width(self.length)
 
 
-def stationary_width(length: int) -> int:
-    """Distances that every query of a text's second half sees.
-
-    >>> stationary_width(8192)
-    4094
-    """
-    return (length - SINKS) // 2
-
-
 def sample(length: int, queries: int, seed: int) -> Sample:
     """Rows drawn one from each of `queries` equal slices of the second half."""
     start = stationary_width(length) + SINKS
-    count = min(queries, length - start)
+    count = max(min(queries, length - start) // 2 * 2, 2)  # two halves of equal size
     edges = np.linspace(start, length, count + 1)
     rng = np.random.default_rng([seed, length])
     rows = torch.from_numpy((edges[:-1] + rng.uniform(size=count) * np.diff(edges)).astype(np.int64))
     few = rows[:: max(count // FEW, 1)]
     return Sample(length, rows, few)
-
-
-def log_distances(length: int, count: int = DISTANCES) -> NDArray[np.int64]:
-    """(M,) distinct distances from 0 to the stationary width, evenly spaced in the logarithm."""
-    top = stationary_width(length) - 1
-    return np.unique(np.concatenate([[0], np.geomspace(1, top, count).round()]).astype(np.int64))
 
 
 def observe(call: Call, rotary: Rotary | None, plan: Sample, kernels: bool = True) -> Arrays:
@@ -99,7 +79,8 @@ def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str,
     """Means over the sampled rows. Masses sum to one: profile + tail + sink + learned_sink.
 
     Returns:
-        profile (H, W): mass at each distance; tail (H,): mass beyond W, sinks not counted; sink (H,): mass on the
+        profile (2, H, W): mass at each distance, of every other row and of the rest (two independent samples: their
+        cross-power holds no sampling noise); tail (H,): mass beyond W, sinks not counted; sink (H,): mass on the
         first tokens; learned_sink (H,): mass on learned sink logits; entropy (H,): of a row, nats;
         contribution (H, F): mean logit of a pair under attention minus under even weights over the visible keys,
         sinks left out of both, nats (needs `rotary`); utility (H, B): KL divergence from the attention to that with
@@ -116,12 +97,13 @@ def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str,
     def add(name: str, value: Tensor) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
-    for rows in torch.split(plan.rows.to(device), ROWS):
+    for rows in torch.split(plan.rows.to(device), ROWS):  # ROWS is even: halves alternate over all rows
         p = call.probabilities(rows)[0]  # (H, R, N)
         at = (rows[:, None] - back).expand(len(p), -1, -1)
-        near = p.gather(2, at).sum(1)
+        aligned = p.gather(2, at)
+        near = aligned.sum(1)
         sink, seen = p[..., :SINKS].sum(-1), p.sum(-1)
-        add("profile", near)
+        add("profile", torch.stack([aligned[:, ::2].sum(1), aligned[:, 1::2].sum(1)]))
         add("sink", sink.sum(1))
         add("learned_sink", (1 - seen).sum(1) if call.sinks is not None else torch.zeros_like(sink[:, 0]))
         add("tail", (seen - sink).sum(1) - near.sum(1))
@@ -133,7 +115,10 @@ def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str,
             query = call.query[0][:, rows]
             product = rotary.pairs(query) * (rotary.pairs(attended) - rotary.pairs(even)).conj()
             add("contribution", call.scale * product.real.sum(1))
-    out = {name: value / len(plan.rows) for name, value in sums.items()}
+    count = len(plan.rows)
+    halves = torch.tensor([(count + 1) // 2, count // 2], device=device).clamp_min(1)
+    profile = sums.pop("profile") / halves[:, None, None]
+    out = {"profile": profile, **{name: value / count for name, value in sums.items()}}
     if rotary is not None:
         out["utility"] = rotation_utility(call, rotary, plan.few.to(device), BANDS)
     return out
@@ -261,6 +246,11 @@ def _fast_size(n: int) -> int:
     from scipy.fft import next_fast_len
 
     return int(next_fast_len(n))
+
+
+def _running_sum(key: Tensor) -> Tensor:
+    exact = torch.float32 if key.device.type == "mps" else torch.float64  # which has no float64
+    return torch.cumsum(key.to(exact), dim=1).to(key.dtype)
 
 
 def _by_group(p: Tensor, key: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from laid_eval.errors import UserError
+from laid_eval.models.capture import hidden_attention
+from laid_eval.models.cost import empty_model
 from laid_eval.models.load import Described, describe
 from laid_eval.models.source import resolve
 from laid_eval.runs import run_folder
@@ -15,6 +17,7 @@ from laid_eval.spectra import (
     LoadedSpectrum,
     SpectrumSettings,
 )
+from laid_eval.spectrum.knockout_window import SHORTEST as SHORTEST_WINDOW
 from laid_eval.spectrum.measure import LENGTH, SHORTEST, Progress, Report, measure
 from laid_eval.spectrum.teacher import compare_models
 from laid_eval.window.haystack import Corpus, load_corpus
@@ -67,7 +70,7 @@ def measure_spectrum(
         revision: Of a Hub id.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
-        rope_scaling: Measure the model as if scaled: `yarn:2`, `linear:2`, `dynamic:2`.
+        rope_scaling: Measure the model (not the teacher) as if scaled: `yarn:2`, `linear:2`, `dynamic:2`.
         trust_remote_code: Run model code that comes with the checkpoint.
         allow_pickle: Load pickled weights too.
         progress: Called while measuring.
@@ -82,14 +85,21 @@ def measure_spectrum(
     options = _Options(dtype, device, rope_scaling, trust_remote_code, allow_pickle)
     corpus = load_corpus([Path(file) for file in haystack])
     described = _described(model, revision, options)
-    other = _described(teacher, None, options) if teacher else None
+    # the teacher as it is: a scaled student beside an unscaled teacher is the question
+    other = _described(teacher, None, replace(options, rope_scaling=None)) if teacher else None
     settings = _settings(described, other, length, texts, queries, knockout, tuple(what_if), corpus, confidence, seed)
     folder = run_folder(out, described.info.name, "spectrum")
+    for model_, role in ((described, "model"), (other, "teacher")):
+        if model_ and not empty_model(model_)._can_set_attn_implementation():
+            raise UserError(hidden_attention(f"{role} {model_.source.name!r} ({model_.config.model_type})"))
     own = measure(described, settings, corpus, folder, progress)
     if other is None:
         return own
     plain = settings.model_copy(update={"knockout": "no", "what_if": ()})
-    theirs = measure(other, plain, corpus, folder / "teacher", progress)
+    try:
+        theirs = measure(other, plain, corpus, folder / "teacher", progress)
+    except UserError as error:
+        raise UserError(f"The teacher can't be measured: {error}") from None
     if own.header.teacher == theirs.header.model:
         return own
     progress(Progress(own.path, "keys of student and teacher", 0, 1))
@@ -117,6 +127,8 @@ def _settings(
     n = length if length is not None else min([LENGTH, *claimed])
     if n < SHORTEST:
         raise UserError(f"--length must be at least {SHORTEST} tokens, got {n}.")
+    if knockout == "window" and n < SHORTEST_WINDOW:
+        raise UserError(f"--knockout window needs --length {SHORTEST_WINDOW} or more, got {n}.")
     if not 1 <= texts <= 1000:
         raise UserError(f"--texts must lie between 1 and 1000, got {texts}.")
     if queries < 8:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from laid_eval.models.rotary import Rotary
 from laid_eval.spectra import Band, Coverage, Estimate, HeadScore, Metric
-from laid_eval.spectrum.coverage import coverage_class, discrimination_horizon
+from laid_eval.spectrum.coverage import coverage_class, discrimination_horizon, low_band
 from laid_eval.spectrum.distance import octave_edges
 from laid_eval.spectrum.fourier import normalised
-from laid_eval.spectrum.intervals import text_interval
-from laid_eval.spectrum.observe import BANDS, stationary_width
+from laid_eval.spectrum.intervals import mean_there, text_interval
+from laid_eval.spectrum.layout import BANDS, far_bins, far_distance, stationary_width
+
+if TYPE_CHECKING:
+    from laid_eval.models.rotary import Rotary
 
 Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
@@ -29,20 +31,6 @@ CONTENT_FREE = 0.05
 """A positional head's profile moves less than this (nats, Jensen-Shannon) when the words are shuffled."""
 _USEFUL = 1e-3  # nats of rotation utility
 _TOP = 5
-
-
-def far_bins(length: int, share: int) -> slice:
-    """Octave bins at distances beyond the largest power of two within `length / share` tokens."""
-    return slice(int(np.log2(length // share)) + 1, None)
-
-
-def far_distance(length: int, share: int) -> int:
-    """Where `far_bins` begin, tokens.
-
-    >>> far_distance(8192, 4), far_distance(6000, 4)
-    (2048, 1024)
-    """
-    return 1 << int(np.log2(length // share))
 
 
 def outside_sinks(arrays: Arrays) -> Floats:
@@ -77,6 +65,13 @@ def metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...
             "geometric mean frequency of that power; geometric mean over heads",
         ),
         ("spectral_entropy", _mean(arrays["spectral_entropy"]), "nats", "entropy of that power over frequency"),
+        (
+            "half_power_frequency",
+            _median(arrays["half_power"]),
+            "cycles/token",
+            "where |H|^2 falls to 1/2; median head",
+        ),
+        ("log_distance", _mean(arrays["log_distance"]), "octaves", "mean of log2(1 + distance); mean over heads"),
     ]
     out = tuple(_metric(*one, confidence) for one in found)
     return out + usage_metrics(arrays, length, confidence) if "usage" in arrays else out
@@ -86,8 +81,8 @@ def usage_metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metri
     """What the usage of the rotary pairs says, means over rotating layers and heads."""
     turning = ~np.isnan(arrays["theta"]).all(axis=1)
     share = usage_share(arrays)[:, turning]
-    entropy = -np.nansum(share * np.log(np.where(share > 0, share, 1)), axis=-1)
-    low = np.nansum(np.where(_low(arrays, length)[None, turning, None], share, 0), axis=-1)
+    entropy = -_pair_sum(share * np.log(np.where(share > 0, share, 1)))
+    low = _pair_sum(np.where(_low(arrays, length)[None, turning, None], share, share * 0))
     found = [
         ("effective_pairs", _mean(np.exp(entropy)), "pairs", "exp of the entropy of usage over pairs; mean over heads"),
         ("low_pairs_usage", _mean(low), "share", f"usage of pairs that turn less than once in {length:,} tokens"),
@@ -95,6 +90,9 @@ def usage_metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metri
     if "concentration" in arrays:
         definition = "|mean| over mean length of the un-rotated query pair: 1 is content-free"
         found.append(("phase_concentration", _mean(arrays["concentration"]), "0..1", definition))
+        found.append(
+            ("key_phase_concentration", _mean(arrays["key_concentration"]), "0..1", "the same of the key pair")
+        )
     dominant = _dominant(arrays["theta"][turning], share)
     if dominant is not None:
         definition = "wavelength of the pair with the highest usage, mean over layers and heads"
@@ -107,34 +105,51 @@ def bands(arrays: Arrays, confidence: float) -> tuple[Band, ...]:
     if "usage" not in arrays:
         return ()
     with np.errstate(divide="ignore"):
-        wavelength = 2 * np.pi / arrays["theta"]  # (L, F)
-    turning = ~np.isnan(arrays["theta"]).all(axis=1)
-    pairs = (~np.isnan(arrays["theta"][turning])).sum(axis=1).mean()
-    share, out = usage_share(arrays)[:, turning], []
+        wavelength = 2 * np.pi / arrays["theta"]  # (L, F); infinite where a pair does not turn
+    out = []
     for b, (low, high) in enumerate(pairwise(BANDS)):
-        inside = ((wavelength >= low) & (wavelength < high))[turning]
-        if not inside.any():
-            continue
-        pick = inside[None, :, None]
-        usage = np.nansum(np.where(pick, share, 0), axis=-1).mean(axis=(1, 2))
-        band = Band(
-            low=low,
-            high=None if np.isinf(high) else high,
-            pairs=float(inside.sum(axis=1).mean()),
-            even=float(inside.sum(axis=1).mean() / pairs),
-            usage=_estimate(usage, confidence, 0.0, 1.0),
-        )
-        if "utility" in arrays:  # not of the weights alone
-            contribution = np.nansum(np.where(pick, arrays["contribution"][:, turning], 0), axis=-1)
-            utility = np.nanmean(arrays["utility"][:, turning, :, b], axis=(1, 2))
-            measured = {
-                "contribution": _estimate(contribution.mean(axis=(1, 2)), confidence),
-                "utility": _estimate(utility, confidence, 0.0),
-                "kind": band_kind(float(usage.mean()), band.even, float(utility.mean())),
-            }
-            band = band.model_copy(update=measured)
-        out.append(band)
+        inside = (wavelength >= low) & (wavelength < high)
+        if inside.any():
+            band = _band(arrays, inside, confidence, low, None if np.isinf(high) else high)
+            out.append(_with_utility(band, arrays, inside, b, confidence) if "utility" in arrays else band)
+    if np.isinf(wavelength).any():
+        out.append(_band(arrays, np.isinf(wavelength), confidence, None, None))
     return tuple(out)
+
+
+def _band(arrays: Arrays, inside: NDArray[np.bool_], confidence: float, low: float | None, high: float | None) -> Band:
+    """The pairs `inside` (L, F), over all layers that rotate."""
+    turning = ~np.isnan(arrays["theta"]).all(axis=1)
+    share = usage_share(arrays)[:, turning]
+    pick = inside[None, turning, None]
+    pairs = (~np.isnan(arrays["theta"][turning])).sum(axis=1)
+    usage = _mean(_pair_sum(np.where(pick, share, share * 0)))
+    return Band(
+        low=low,
+        high=high,
+        pairs=float(inside[turning].sum(axis=1).mean()),
+        even=float((inside[turning].sum(axis=1) / pairs).mean()),
+        usage=_estimate(usage, confidence, 0.0, 1.0),
+    )
+
+
+def _with_utility(band: Band, arrays: Arrays, inside: NDArray[np.bool_], b: int, confidence: float) -> Band:
+    """The band with contribution and utility, means over the layers that have pairs in it."""
+    have = inside.any(axis=1)
+    part = arrays["contribution"][:, have]
+    contribution = _pair_sum(np.where(inside[None, have, None], part, part * 0))
+    utility = _mean(arrays["utility"][:, have, :, b])
+    measured = {
+        "contribution": _estimate(_mean(contribution), confidence),
+        "utility": _estimate(utility, confidence, 0.0),
+        "kind": band_kind(band.usage.value or 0.0, band.even, float(utility.mean())),
+    }
+    return band.model_copy(update=measured)
+
+
+def _pair_sum(x: NDArray[Any]) -> Floats:
+    """Sum over pairs; NaN for a head that is not there."""
+    return np.where(np.isnan(x).all(axis=-1), np.nan, np.nansum(x, axis=-1))
 
 
 def band_kind(usage: float, even: float, utility: float) -> Literal["positional", "semantic", "unused", "weak"]:
@@ -150,7 +165,7 @@ def band_kind(usage: float, even: float, utility: float) -> Literal["positional"
     return "unused" if usage < even / 10 else "weak"
 
 
-def coverage(rotary: Sequence[Rotary | None], arrays: Arrays, length: int) -> tuple[Coverage, ...]:
+def coverage(rotary: Sequence[Rotary | None], arrays: Arrays, length: int, claimed: int | None) -> tuple[Coverage, ...]:
     """How far pairs turn, one entry for all layers that share their frequencies."""
     groups: list[tuple[Rotary, list[int]]] = []
     for layer, own in enumerate(rotary):
@@ -176,6 +191,8 @@ def coverage(rotary: Sequence[Rotary | None], arrays: Arrays, length: int) -> tu
                 factor=first.factor,
                 shortest=float(finite.min()) if len(finite) else None,
                 longest=float(finite.max()) if len(finite) else None,
+                axes="".join(first.axis) if first.axis else None,
+                trained=int((coverage_class(first.theta, claimed) == "full").sum()) if claimed else None,
                 full=int((kinds == "full").sum()),
                 partial=int((kinds == "partial").sum()),
                 quasi_dc=int((kinds == "quasi-dc").sum()),
@@ -262,11 +279,12 @@ def _metric(name: str, per_text: NDArray[Any], unit: str, definition: str, confi
 
 
 def _mean(x: NDArray[Any]) -> Floats:
-    return np.asarray(np.nanmean(x.reshape(len(x), -1), axis=1))
+    return mean_there(x.reshape(len(x), -1), 1)
 
 
 def _median(x: NDArray[Any]) -> Floats:
-    return np.asarray(np.nanmedian(x.reshape(len(x), -1), axis=1))
+    rows = x.reshape(len(x), -1)
+    return np.array([np.nan if np.isnan(row).all() else np.nanmedian(row) for row in rows])
 
 
 def _dominant(theta: Floats, share: Floats) -> Floats | None:
@@ -279,8 +297,7 @@ def _dominant(theta: Floats, share: Floats) -> Floats | None:
 
 def _low(arrays: Arrays, length: int) -> NDArray[np.bool_]:
     """(L, F) pairs that turn, but less than once in `length` tokens."""
-    theta = np.nan_to_num(arrays["theta"])
-    return np.asarray((theta > 0) & (theta * length < 2 * np.pi))
+    return low_band(np.nan_to_num(arrays["theta"]), length)
 
 
 def _estimate(per_text: NDArray[Any], confidence: float, least: float = -np.inf, most: float = np.inf) -> Estimate:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from laid_eval.models.capture import Call, capture
@@ -20,8 +19,10 @@ from laid_eval.spectra import (
     save_arrays,
     save_spectrum,
 )
-from laid_eval.spectrum.compare import Mixing, compare_spectra, matched_layers, mix_keys
-from laid_eval.spectrum.observe import SINKS
+from laid_eval.spectrum.compare import compare_spectra, matched_layers
+from laid_eval.spectrum.coverage import low_band
+from laid_eval.spectrum.layout import SINKS
+from laid_eval.spectrum.mixing import Keys, Mixing, mix_keys
 from laid_eval.spectrum.texts import prose
 from laid_eval.window.haystack import Corpus
 
@@ -61,7 +62,7 @@ def _mixing(
     n = min([_MIX_LENGTH, length, *(d.claimed_length for d in (student, teacher) if d.claimed_length)])
     for described in (student, teacher):
         loaded = load(described)
-        ids = prose(corpus, frame_of(loaded.tokenizer), n, 2, seed)
+        ids, _ = prose(corpus, frame_of(loaded.tokenizer), n, 2, seed)
         rotary = rotaries(loaded.model, n)
         sides.append((ids, rotary, [_keys(loaded.model, text, rotary) for text in ids]))
         del loaded
@@ -69,35 +70,37 @@ def _mixing(
     (ids, rotary, own), (other_ids, other_rotary, theirs) = sides
     if ids != other_ids:
         return None, "tokenizers differ: keys are not compared token by token"
-    if not own[0] or not theirs[0]:
-        return None, None  # no rotary pairs: the comparison says so
-    match = matched_layers(len(own[0]), len(theirs[0]))
     layers, other_layers = sorted(own[0]), sorted(theirs[0])
-    pairs = [(rotary[i], other_rotary[other_layers[j]]) for i, j in zip(layers, match, strict=True)]
-    if any(a is None or b is None or not a.same(b) for a, b in pairs):
+    match = [other_layers[j] for j in matched_layers(len(layers), len(other_layers))]
+    pairs = [(rotary[i], other_rotary[j]) for i, j in zip(layers, match, strict=True)]
+    turning = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not turning:
+        return None, None  # no rotary pairs: the comparison says so
+    if not all(a.same(b) for a, b in turning):
         return None, "rotary frequencies or head sizes differ: keys are not mixed"
-    first = pairs[0][0]
-    assert first is not None
-    low = (first.theta > 0) & (first.theta * len(ids[0]) < 2 * np.pi)
+    low = np.zeros((len(layers), max(len(a.theta) for a, _ in turning)), dtype=bool)
+    for row, (a, _) in zip(low, pairs, strict=True):
+        if a is not None:
+            row[: len(a.theta)] = low_band(a.theta, n)
+    both = [a is not None and b is not None for a, b in pairs]
     mixing = mix_keys(
-        [own[0][i] for i in layers],
-        [theirs[0][other_layers[j]] for j in match],
-        [theirs[1][other_layers[j]] for j in match],
+        [own[0][i] if there else None for i, there in zip(layers, both, strict=True)],
+        [theirs[0][j] for j in match],
+        [theirs[1][j] for j in match],
         low,
+        n,
     )
     return mixing, None
 
 
-def _keys(
-    model: PreTrainedModel, ids: Sequence[int], rotary: Sequence[Rotary | None]
-) -> dict[int, NDArray[np.complex128]]:
-    """(G, N, F) key pairs of every rotating layer, sinks left out."""
-    out: dict[int, NDArray[np.complex128]] = {}
+def _keys(model: PreTrainedModel, ids: Sequence[int], rotary: Sequence[Rotary | None]) -> dict[int, Keys | None]:
+    """(G, N, F) key pairs of every layer with attention, sinks left out; `None` where it does not rotate."""
+    out: dict[int, Keys | None] = {}
 
     def look(call: Call) -> None:
         own = rotary[call.layer]
-        if own is not None:
-            out[call.layer] = own.pairs(call.key[0])[:, SINKS:].cpu().numpy().astype(np.complex128)
+        keys = None if own is None else own.pairs(call.key[0])[:, SINKS:].cpu().numpy().astype(np.complex128)
+        out[call.layer] = keys
 
     with torch.inference_mode(), capture(model, look):
         model(torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)

@@ -14,14 +14,23 @@ from laid_eval.window.probes import Probe
 from laid_eval.window.questions import draw_story
 
 
-def prose(corpus: Corpus, frame: Frame, length: int, count: int, seed: int) -> list[list[int]]:
+def prose(corpus: Corpus, frame: Frame, length: int, count: int, seed: int) -> tuple[list[list[int]], tuple[str, ...]]:
     """`count` texts of exactly `length` tokens, whole sections in random order, after the tokenizer's own start.
+
+    With them a note where the texts share passages, so that they are no independent sample.
 
     Raises:
         UserError: The text is shorter than `length`.
     """
     encode = lru_cache(maxsize=100_000)(frame.continuation)
-    check_long_enough(corpus, encode, length)
+    note = check_long_enough(corpus, encode, length, option="--length")
+    total = sum(len(encode(" " + s)) for section in corpus.sections for s in section)
+    notes = [note] if note else []
+    if count * length > total:
+        notes.append(
+            f"{count} texts of {length:,} tokens from {total:,} tokens of prose share passages: intervals over texts "
+            "are too narrow"
+        )
     out = []
     for text in range(count):
         tokens = frame.start()
@@ -30,7 +39,7 @@ def prose(corpus: Corpus, frame: Frame, length: int, count: int, seed: int) -> l
                 break
             tokens += encode(" " + sentence)
         out.append(tokens[:length])
-    return out
+    return out, tuple(notes)
 
 
 def shuffled(ids: Sequence[int], keep: int, seed: int) -> list[int]:

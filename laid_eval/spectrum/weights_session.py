@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laid_eval.environment import environment
+from laid_eval.errors import UserError
 from laid_eval.models.load import describe
 from laid_eval.models.rotary import rotaries_of_config
 from laid_eval.models.source import resolve
@@ -55,6 +56,8 @@ def measure_weights(
     Raises:
         UserError: A family whose projections are not known, or weights of another kind.
     """
+    if length is not None and length < 1:
+        raise UserError(f"--length must be at least 1 token, got {length}.")
     started = time.perf_counter()
     source = resolve(model, revision, False, trust_remote_code)
     described = describe(source, "float32", "cpu", rope_scaling, trust_remote_code)
@@ -92,7 +95,7 @@ def measure_weights(
             model=described.info,
             settings=settings,
             environment=environment(),
-            coverage=coverage(rotary, arrays, n),
+            coverage=coverage(rotary, arrays, n, described.claimed_length),
             metrics=metrics,
             bands=bands(arrays, settings.confidence),
             cost=SpectrumCost(

@@ -84,7 +84,7 @@ def load_corpus(files: Sequence[Path] = ()) -> Corpus:
     return Corpus(", ".join(path.name for path in files), _digest(texts), (section,), shuffled=False)
 
 
-def check_long_enough(corpus: Corpus, encode: Encode, needed: int) -> str | None:
+def check_long_enough(corpus: Corpus, encode: Encode, needed: int, option: str = "--max-length") -> str | None:
     """A note where shuffled text must repeat to fill `needed` tokens.
 
     Raises:
@@ -97,7 +97,7 @@ def check_long_enough(corpus: Corpus, encode: Encode, needed: int) -> str | None
         return f"the filler text ({total:,} tokens) repeats, in a new order, in contexts longer than that"
     raise UserError(
         f"Haystack text {corpus.name!r} is too short: it has {total:,} tokens, contexts of {needed:,} were asked "
-        f"for. Pass more text to --haystack" + (f", or --max-length {total}." if total >= 1024 else ".")
+        f"for. Pass more text to --haystack" + (f", or {option} {total}." if total >= 1024 else ".")
     )
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from laid_eval.models.frame import Branch, frame_of
 from laid_eval.models.rotary import rotaries
 from laid_eval.spectrum.heads import _steps, content_shift, retrieval_scores
-from laid_eval.spectrum.observe import SINKS
+from laid_eval.spectrum.layout import SINKS
 from laid_eval.spectrum.texts import NeedleText, needles, shuffled
 from laid_eval.window.haystack import load_corpus
 from laid_eval.window.probes import load_probe
@@ -124,12 +124,12 @@ def test_heads_that_see_no_content_do_not_move_when_words_are_shuffled():
     assert other[:SINKS] == ids[:SINKS]
     assert other != ids
     rotary = rotaries(model, 300)
-    assert content_shift(model, ids, ids, rotary, 0).max() == 0
-    seeing = content_shift(model, ids, other, rotary, 0)
+    assert content_shift(model, ids, ids, len(rotary), 0).max() == 0
+    seeing = content_shift(model, ids, other, len(rotary), 0)
     with torch.no_grad():
         table = model.get_input_embeddings().weight
         table[:] = table[5].clone()
-    blind = content_shift(model, ids, other, rotary, 0)
+    blind = content_shift(model, ids, other, len(rotary), 0)
     assert blind.max() < 1e-9
     assert seeing.max() > 0.01
     assert (seeing >= 0).all()

@@ -7,8 +7,8 @@ from laid_eval.models.rotary import Rotary
 from laid_eval.spectra import Metric
 from laid_eval.spectrum.collect import finish
 from laid_eval.spectrum.distance import octave_edges
-from laid_eval.spectrum.observe import BANDS, stationary_width
-from laid_eval.spectrum.summary import bands, coverage, far_bins, far_distance, head_table, metrics, top_heads
+from laid_eval.spectrum.layout import BANDS, far_bins, far_distance, stationary_width
+from laid_eval.spectrum.summary import bands, coverage, head_table, metrics, top_heads
 
 N = 512
 W = stationary_width(N)
@@ -23,7 +23,7 @@ def part(profile, tail, sink, **more):
     return {
         "layers": np.array([0]),
         "scale": np.array([0.25], dtype=np.float32),
-        "profile": profile[None].astype(np.float32),
+        "profile": np.stack([profile, profile])[None].astype(np.float32),  # both samples alike
         "tail": tail[None].astype(np.float32),
         "sink": sink[None].astype(np.float32),
         "learned_sink": np.zeros((1, heads), dtype=np.float32),
@@ -106,6 +106,7 @@ def random_parts(texts, rng):
             "query_norm": usage[0],
             "key_norm": usage[1],
             "query_mean": rng.normal(size=(3, 8, 2)) * usage[0][..., None] / 3,
+            "key_mean": np.zeros((3, 8, 2)),
             "contribution": rng.normal(size=(3, 8)),
             "utility": rng.exponential(0.1, size=(3, len(BANDS) - 1)),
         }
@@ -151,6 +152,7 @@ def usage_of(shares):
         "query_norm": np.asarray(shares)[None],
         "key_norm": np.ones((1, 8)),
         "query_mean": np.zeros((1, 8, 2)),
+        "key_mean": np.zeros((1, 8, 2)),
         "contribution": np.zeros((1, 8)),
         "utility": utility,
     }
@@ -194,7 +196,7 @@ def test_layers_that_share_their_frequencies_are_described_together():
     parts = random_parts(1, np.random.default_rng(2))
     arrays = finish(parts, [ROTARY], N)
     arrays = {k: np.repeat(v, 3, axis=1) if k == "usage" else v for k, v in arrays.items()} | {"layers": np.arange(3)}
-    found = coverage([ROTARY, slow, ROTARY, None], arrays, N)
+    found = coverage([ROTARY, slow, ROTARY, None], arrays, N, N)
     assert [c.layers for c in found] == [(0, 2), (1,)]
     assert found[1].longest == pytest.approx(4 * found[0].longest)
     for one in found:

@@ -20,9 +20,9 @@ SCORES = {
     "sink": "sink: mass on the first 4 tokens",
     "local": "local: mass within 64 tokens",
     "positional": "positional: most mass at one distance < 9",
-    "global": "global: mass beyond 1/4 of the text",
+    "global": "global: mass from {far} tokens on",
     "retrieval": "retrieval: answer token found in its needle",
-    "d50": "half-mass distance (tokens)",
+    "d50": "half-mass distance",
 }
 Run = LoadedSpectrum | str | os.PathLike[str]
 
@@ -63,8 +63,10 @@ def heads(run: Run, ax: Axes | None = None, score: str = "retrieval") -> Axes:
     ax.set_xticks(range(0, grid.shape[1], step), [str(v) for v in grid.columns[::step]])
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
-    ax.set_title(SCORES.get(score, score), loc="left", fontsize=8.5)
-    ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
+    far = 1 << int(np.log2(loaded.header.settings.length // 4))
+    ax.set_title(SCORES.get(score, score).format(far=tokens_text(far)), loc="left", fontsize=8.5)
+    unit = "tokens" if score in ("d50", "d90") else "share" if shares else None
+    ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02, label=unit)
     return ax
 
 
@@ -199,15 +201,20 @@ def gain(run: Run, ax: Axes | None = None) -> Axes:
     if "gain_db" not in found:
         raise UserError(f"The run '{loaded.path}' holds no teacher with the same rotary pairs.")
     ax = ax or new_axes((7.2, 3.6))
-    turning = np.isfinite(found["wavelength"])
-    wavelength, db = found["wavelength"][turning], found["gain_db"][:, turning]
-    low, median, high = np.nanquantile(db, [0.25, 0.5, 0.75], axis=0)
-    ax.fill_between(wavelength, low, high, color=CURVE, alpha=0.18, lw=0, label="middle half of the layers")
-    ax.plot(wavelength, median, color=CURVE, lw=1.8, marker="o", ms=3.5, label="median layer")
+    longest = 0.0
+    for k, (inv_freq, rows) in enumerate(_groups(2 * np.pi / found["wavelength"])):
+        turning = inv_freq > 0
+        wavelength, db = 2 * np.pi / inv_freq[turning], found["gain_db"][rows][:, : len(inv_freq)][:, turning]
+        longest = max(longest, float(wavelength.max()))
+        colour = CURVE if k == 0 else CRITERIA[(k - 1) % len(CRITERIA)]
+        low, median, high = np.nanquantile(db, [0.25, 0.5, 0.75], axis=0)
+        label = "median layer" if k == 0 else f"median of layers {_numbers(np.array(rows))}"
+        ax.fill_between(wavelength, low, high, color=colour, alpha=0.18, lw=0, label="middle half of the layers")
+        ax.plot(wavelength, median, color=colour, lw=1.8, marker="o", ms=3.5, label=label)
     ax.axhline(0, color=INK, lw=0.8)
     ax.axvline(loaded.header.settings.length, color=INK, lw=1, ls=":", label="measured length")
     ax.set_xscale("log", base=2)
-    ticks = [2.0**k for k in range(3, int(np.log2(wavelength.max())) + 1, 2)]
+    ticks = [2.0**k for k in range(3, int(np.log2(longest)) + 1, 2)]
     ax.set_xticks(ticks, [tokens_text(t) if t < 2**20 else f"{t / 2**20:.0f}M" for t in ticks])
     ax.set_xticks([], minor=True)
     ax.set_xlabel("wavelength of the rotary pair (tokens)")
@@ -329,7 +336,9 @@ def _numbers(layers: NDArray[Any]) -> str:
     return ", ".join(numbers) if len(numbers) <= 6 else f"{', '.join(numbers[:3])}, ... {numbers[-1]}"
 
 
-def _range(low: float, high: float | None) -> str:
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return "do not turn"
     if not low:
         return f"< {tokens_text(high or 0)}"
     return f">= {tokens_text(low)}" if high is None else f"{tokens_text(low)} - {tokens_text(high)}"
