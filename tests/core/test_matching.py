@@ -430,6 +430,11 @@ def test_an_octave_the_teacher_hardly_looks_at_keeps_its_shape(kappa):
     found.loss.backward()
     assert low.grad.isfinite().all()
     assert pi.grad.isfinite().all()
+    one, near = torch.ones(3, 1), random(4, 5, N, seed=2)  # with one teacher head, what lies within is as it was
+    with torch.no_grad():
+        lowered, base = (match(student.float(), x[:1].float(), one, kappa=kappa).selectivity for x in (teacher, near))
+    assert torch.allclose(lowered, base, rtol=1e-4, atol=1e-6)
+    assert base[5] > 0.1
 
 
 def test_short_texts_and_rows_with_nothing_to_match_are_defined():
