@@ -181,3 +181,14 @@ def test_unrotated_refuses_frequencies_that_change():
     model = build(LlamaConfig(**TINY, rope_parameters=ROPES["dynamic"]))
     with pytest.raises(UserError, match="change with the length"), unrotated(model, 0, np.inf):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_in_the_layers_below_does_not_hide_that_a_layer_stands_still(dtype):
+    """Sharp attention and far positions: a still layer's input moves a little, since those below it rotate."""
+    model = build(SmolLM3Config(**TINY | {"num_hidden_layers": 4})).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(15 if dtype == torch.float32 else 1)
+    assert [r is None for r in rotaries(model, 4096)] == [False, False, False, True]

@@ -224,3 +224,22 @@ def test_scaling_a_profile_changes_nothing(scale, seed, width, taper):
         effective_distances,
     ):
         np.testing.assert_allclose(function(scale * profile), function(profile), rtol=1e-7, atol=1e-9)
+
+
+def test_noise_of_a_sampled_profile_does_not_count_as_high_frequency_power():
+    """Two samples of one profile: their cross-power has its centroid, each alone is taken for far more local."""
+    rng = np.random.default_rng(0)
+    profile = np.exp(-np.arange(512) / 60)
+    one, two = (profile + rng.normal(0, 0.15, size=(400, 512)) for _ in range(2))
+    true = spectral_centroid(profile)
+    cross, alone = spectral_centroid(one, other=two), spectral_centroid((one + two) / 2)
+    assert np.mean(cross.linear) == pytest.approx(float(true.linear), abs=0.004)
+    assert np.mean(alone.linear) > true.linear + 0.02
+    ratio = low_frequency_ratio(one, 1 / 64, other=two)
+    assert np.mean(ratio) == pytest.approx(float(low_frequency_ratio(profile, 1 / 64)), abs=0.02)
+
+
+def test_two_samples_that_share_nothing_have_no_spectrum():
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(2, 50, 256))
+    assert np.isnan(spectral_centroid(one, other=two).log).mean() > 0.8
