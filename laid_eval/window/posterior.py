@@ -16,12 +16,13 @@ from scipy.special import expit
 
 from laid_eval.window.curve import Criterion, Floats, crossing, marginal_width, score_at
 
-# Octaves by which haystacks may differ in their own window. 0 is the case of independent questions.
+# Octaves by which haystacks may differ in their own window. 0 is the case of independent questions: even odds
+# for it, else exponential.
 SPREADS = np.array([0.0, 0.08, 0.16, 0.3, 0.5])
-SPREAD_PRIOR = np.exp(-SPREADS / 0.3)
-# Width: 1 octave of scale is a fall over four octaves; 0.04 is a cliff.
-WIDTHS = np.geomspace(0.04, 1.4, 13)
-WIDTH_PRIOR = np.exp(-0.5 * (np.log(WIDTHS / 0.3) / 0.9) ** 2)
+_DIFFER = np.exp(-SPREADS[1:] / 0.2) * np.gradient(SPREADS)[1:]
+SPREAD_PRIOR = np.append(0.5, 0.5 * _DIFFER / _DIFFER.sum())
+# Width: 1 octave of scale is a fall over four octaves; 0.02 is a cliff.
+WIDTHS = np.geomspace(0.02, 1.4, 15)
 CEILINGS = 1 - np.array(
     [0.002, 0.01, 0.02, 0.035, 0.055, 0.08, 0.12, 0.17, 0.24, 0.33, 0.43, 0.54, 0.66, 0.78, 0.88, 0.96]
 )
@@ -101,9 +102,7 @@ class Posterior:
         return Posterior(self.t[i], self.w[i], self.r[i], self.spread[i], equal, self.chance, self.base)
 
 
-def _grid(
-    data: Cells, t: Floats, widths: Floats, width_prior: Floats, ceilings: Floats, r_prior: Floats
-) -> tuple[Floats, Floats]:
+def _grid(data: Cells, t: Floats, widths: Floats, ceilings: Floats) -> tuple[Floats, Floats]:
     """Log posterior (T, W, R, S), up to a constant, and the marginal widths (W, S). `t` is equally spaced."""
     step = t[1] - t[0]
     reach = int(np.ceil(2.6 * SPREADS[-1] / step))
@@ -124,21 +123,26 @@ def _grid(
         kernel /= kernel.sum(axis=1, keepdims=True)
         marginal = np.matmul(kernel, likelihood)  # (H, T, W R)
         out[..., k] = np.log(marginal + 1e-300).sum(axis=0).reshape(len(t), *shape[1:])
-    out += np.log(width_prior)[None, :, None, None] + np.log(r_prior)[None, None, :, None]
-    out += np.log(SPREAD_PRIOR)
+    prior = _width_prior(widths)[:, None, None] * _ceiling_prior(ceilings)[:, None] * SPREAD_PRIOR
+    out += np.log(prior)
     return out, marginal_width(widths[:, None], SPREADS[None, :])
 
 
+def _width_prior(widths: Floats) -> Floats:
+    """Log-normal around 0.3 octaves; the nodes are spaced evenly in the logarithm."""
+    return np.asarray(np.exp(-0.5 * np.log(widths / 0.3) ** 2))
+
+
 def _ceiling_prior(ceilings: Floats) -> Floats:
-    """Beta(1, 2) on one minus the ceiling, times the spacing of the nodes."""
-    return np.asarray(2 * ceilings * np.abs(np.gradient(ceilings)))
+    """Jeffreys' prior of a proportion: flat in its arcsine, hence the spacing of the nodes there."""
+    return np.asarray(np.abs(np.gradient(np.arcsin(np.sqrt(ceilings)))))
 
 
 def posterior(data: Cells) -> Posterior:
     """Fit the curve. Time grows with haystacks x lengths; typically 0.1 s."""
     low, high = data.x[0] - 2.0, data.x[-1] + 2.0
-    t, widths, width_prior, ceilings = np.arange(low, high, 0.1), WIDTHS, WIDTH_PRIOR, CEILINGS
-    log, _ = _grid(data, t, widths, width_prior, ceilings, _ceiling_prior(ceilings))
+    t = np.arange(low, high, 0.1)
+    log, _ = _grid(data, t, WIDTHS, CEILINGS)
     mass = np.exp(log - log.max())
     mass /= mass.sum()
 
@@ -150,11 +154,10 @@ def posterior(data: Cells) -> Posterior:
     t = np.linspace(t[a], t[min(b, len(t) - 1)], int(np.clip((b - a) * 5, 21, 81)))
     a, b = support((0, 2, 3), 1e-4)
     fine = np.geomspace(WIDTHS[a], WIDTHS[min(b, len(WIDTHS) - 1)], 11)
-    fine_prior = np.exp(-0.5 * (np.log(fine / 0.3) / 0.9) ** 2)
     a, b = support((0, 1, 3), 1e-4)
     miss = 1 - CEILINGS
     fine_r = 1 - np.geomspace(miss[a], miss[min(b, len(miss) - 1)], 12)
-    log, width = _grid(data, t, fine, fine_prior, fine_r, _ceiling_prior(fine_r))
+    log, width = _grid(data, t, fine, fine_r)
     weight = np.exp(log - log.max())
     independent = np.exp(log[..., 0] - log[..., 0].max()).sum(axis=(1, 2))
     clustered = weight.sum(axis=(1, 2, 3))
