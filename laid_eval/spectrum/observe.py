@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 from laid_eval.models.capture import ROWS, Call, wide
@@ -209,7 +210,10 @@ def _turns(call: Call, rotary: Rotary) -> Tensor:
 
 @dataclass(frozen=True)
 class _Spectra:
-    """FFTs over the tokens of one head's pairs (F, ...), zero-padded so that correlations do not wrap around."""
+    """FFTs over the tokens of one head's pairs (F, ...).
+
+    Zero-padded so far that correlations do not wrap around onto the distances below W.
+    """
 
     plain: Tensor
     squared: Tensor
@@ -218,7 +222,7 @@ class _Spectra:
 
     @classmethod
     def of(cls, z: Tensor, n: int) -> _Spectra:
-        points = _fast_size(2 * n)
+        points = next_fast_len(n + stationary_width(n))
         return cls(
             torch.fft.fft(z, n=points),
             torch.fft.fft(z * z, n=points),
@@ -240,12 +244,6 @@ class _Spectra:
         """(F, W) sum over queries of |q_i|^2 |k_(i-d)|^2."""
         out: Tensor = torch.fft.irfft(self.size * key.size.conj(), n=self.points)[:, :w]
         return out
-
-
-def _fast_size(n: int) -> int:
-    from scipy.fft import next_fast_len
-
-    return int(next_fast_len(n))
 
 
 def _running_sum(key: Tensor) -> Tensor:
