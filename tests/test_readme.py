@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 import laid_eval
+from laid_eval.cli.spectrum import show_spectrum
 from laid_eval.cli.why import show_why
 from laid_eval.cli.window import show_window
 from laid_eval.runs import load_why_trials, why_table
+from laid_eval.spectra import load_spectrum
 from laid_eval.window.probes import load_probe, probe_names
 from laid_eval.window.why import Study, explain
 
@@ -31,8 +33,9 @@ def block(mark, language):
     return re.search(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, re.S).group(1)
 
 
+MARKS = ("tested", "tested: why", "tested: spectrum")
 COMMANDS = [
-    line.split("#")[0].strip() for mark in ("tested", "tested: why") for line in block(mark, "bash").splitlines()
+    line.split("#")[0].strip() for mark in MARKS for line in block(mark, "bash").splitlines()
 ]
 
 
@@ -43,6 +46,8 @@ def test_every_command_runs(command, tmp_path):
     assert program == ".venv/bin/laid-eval"
     if words[0] == "window":
         words += [*SHORT, *(SHORT_WHY if "--why" in words else [])]
+    if words[0] == "spectrum":
+        words += ["--length", "256", "--texts", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "laid_eval", *words], capture_output=True, text=True, cwd=tmp_path, timeout=500
     )
@@ -70,6 +75,17 @@ def test_the_table_is_that_of_the_run_it_shows():
     out = io.StringIO()
     show_window(run, Console(file=out, width=110, highlight=False), ["trials.jsonl", "window.png", "depth.png"])
     shown = block("run: reports/smollm2-window", "console").split("\n", 1)[1]
+    tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("run:")]
+    given = [line.rstrip() for line in shown.splitlines() if not line.startswith("run:")]
+    assert given == tidy
+
+
+def test_the_spectrum_is_that_of_the_run_it_shows():
+    run = load_spectrum(ROOT / "reports" / "smollm2-spectrum")
+    assert (run.header.settings.length, run.header.status) == (8192, "complete")
+    out = io.StringIO()
+    show_spectrum(run, Console(file=out, width=110, highlight=False), ["heads.png", "transfer.png", "pairs.png"])
+    shown = block("run: reports/smollm2-spectrum", "console").split("\n", 1)[1]
     tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("run:")]
     given = [line.rstrip() for line in shown.splitlines() if not line.startswith("run:")]
     assert given == tidy
