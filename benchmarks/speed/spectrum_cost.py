@@ -91,9 +91,7 @@ def main() -> None:
             f"| {length:,} | {ours / plain['seconds']:.2f} | {stock['seconds'] / plain['seconds']:.2f} | "
             f"{first['peak']:,.0f} | {stock['peak']:,.0f} | {stock['peak'] / first['peak']:.1f} |"
         )
-    print(
-        "\n| tokens | ours / plain, time | output_attentions / plain | ours, MiB | output_attentions, MiB | ratio |"
-    )
+    print("\n| tokens | ours / plain, time | output_attentions / plain | ours, MiB | output_attentions, MiB | ratio |")
     print("|---|---|---|---|---|---|", *rows, sep="\n")
     rows = []
     for length in given.long:
