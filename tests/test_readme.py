@@ -34,9 +34,7 @@ def block(mark, language):
 
 
 MARKS = ("tested", "tested: why", "tested: spectrum")
-COMMANDS = [
-    line.split("#")[0].strip() for mark in MARKS for line in block(mark, "bash").splitlines()
-]
+COMMANDS = [line.split("#")[0].strip() for mark in MARKS for line in block(mark, "bash").splitlines()]
 
 
 @pytest.mark.slow
