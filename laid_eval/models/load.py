@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,7 +228,10 @@ def load_failure(source: Source, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return f"Model {source.name!r} needs code that comes with it. If you trust its authors: --trust-remote-code."
-    if "Unrecognized configuration class" in text:
-        kind = text.partition("configuration class")[2].split("for")[0].strip(" <>'").rpartition(".")[2].rstrip("'>")
-        return f"Model {source.name!r} ({kind}) is no text-only causal language model; those are what can be measured."
+    unknown = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", text)
+    if unknown:
+        return (
+            f"Model {source.name!r} can't be loaded as a causal language model of text alone (its configuration is a "
+            f"{unknown[1]}); those are what can be measured."
+        )
     return f"Model {source.name!r} can't be loaded: {text[:240]}"
