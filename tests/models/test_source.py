@@ -141,7 +141,7 @@ def test_configurations_of_no_causal_model_are_told(tmp_path, checkpoint):
 
     ViTConfig().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="can't be loaded.*ViTConfig"):
+    with pytest.raises(UserError, match=r"can't be loaded.*ViTConfig"):
         shape_of(describe(resolve(str(tmp_path))))
 
 
