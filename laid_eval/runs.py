@@ -21,12 +21,13 @@ import pandas as pd
 from pydantic import ValidationError
 
 from laid_eval.errors import UserError
-from laid_eval.records import SCHEMA_VERSION, Run, Trial, WhyTrial, WindowEstimate
+from laid_eval.records import SCHEMA_VERSION, Record, Run, Trial, WhyTrial, WindowEstimate
 
 HEADER = "run.json"
 TRIALS = "trials.jsonl"
 WHY = "why.jsonl"
 _Line = TypeVar("_Line", bound=Trial)
+_Header = TypeVar("_Header", bound=Record)
 
 # Upgrades by the version they start from; each returns the document of the next version. None is needed yet.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -104,6 +105,22 @@ def load_header(folder: Path) -> Run:
     Raises:
         UserError: No run folder, a damaged header, or one from a newer version of the program.
     """
+    document = read_header(folder, f"Its trials are in {TRIALS}; restore the header from a copy, or measure")
+    if document.get("command") == "spectrum":
+        raise UserError(f"'{folder}' is a spectrum run, not a window; read it with laid_eval.load_spectrum.")
+    return validated(Run, document, folder)
+
+
+def read_header(folder: Path, mend: str = "Measure") -> dict[str, Any]:
+    """The document in `run.json`, of any command, upgraded to the present schema.
+
+    Args:
+        folder: Of the run.
+        mend: Begins what is advised for a damaged one: `... again into another folder.`
+
+    Raises:
+        UserError: No run folder, a damaged header, or one from a newer version of the program.
+    """
     path = folder / HEADER
     if not path.is_file():
         raise UserError(
@@ -111,13 +128,10 @@ def load_header(folder: Path) -> Run:
             "Name the folder of a run, or for --out a new or empty one."
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = document["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"'{path}' is damaged ({type(error).__name__}). Its trials are in {TRIALS}; "
-            "restore the header from a copy, or measure again into another folder."
-        ) from None
+        raise UserError(f"'{path}' is damaged ({type(error).__name__}). {mend} again into another folder.") from None
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(
             f"'{path}' has schema version {version}, this laid-eval reads up to {SCHEMA_VERSION}. Upgrade laid-eval."
@@ -125,14 +139,21 @@ def load_header(folder: Path) -> Run:
     while version < SCHEMA_VERSION:
         document = UPGRADES[version](document)
         version = document["schema_version"]
-    if document.get("command") == "spectrum":
-        raise UserError(f"'{folder}' is a spectrum run, not a window; read it with laid_eval.load_spectrum.")
+    return document
+
+
+def validated(kind: type[_Header], document: dict[str, Any], folder: Path) -> _Header:
+    """The header as a record.
+
+    Raises:
+        UserError: A field is missing or wrong; names it.
+    """
     try:
-        return Run.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"'{path}' is damaged: field {where!r}: {first['msg']}.") from None
+        raise UserError(f"'{folder / HEADER}' is damaged: field {where!r}: {first['msg']}.") from None
 
 
 def load_trials(folder: Path) -> list[Trial]:

@@ -6,7 +6,6 @@ figures. Unknown is `None` in records and tables; in arrays NaN fills what a lay
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,15 @@ from zlib import error as ZlibError
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from laid_eval.errors import UserError
 from laid_eval.records import SCHEMA_VERSION, ModelInfo, Record, Status
-from laid_eval.runs import HEADER, write_atomically
+from laid_eval.runs import HEADER, read_header, validated, write_atomically
 
 SPECTRA = "spectra.npz"
 HEADS = "heads.csv"
+COMPARISON = "comparison.npz"
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, BadZipFile, ZlibError)
 
 ARRAYS = {
@@ -248,10 +248,22 @@ class LoadedSpectrum:
         Raises:
             UserError: They are not there, or damaged.
         """
+        return self._read(SPECTRA)
+
+    @property
+    def comparison(self) -> dict[str, NDArray[Any]]:
+        """Arrays of the comparison with a teacher (gain_db, wavelength, key_r2); none without one.
+
+        Raises:
+            UserError: They are damaged.
+        """
+        return self._read(COMPARISON) if (self.path / COMPARISON).is_file() else {}
+
+    def _read(self, name: str) -> dict[str, NDArray[Any]]:
         try:
-            return read_arrays(self.path / SPECTRA)
+            return read_arrays(self.path / name)
         except UNREADABLE as error:
-            raise UserError(f"'{self.path / SPECTRA}' can't be read ({type(error).__name__}); measure again.") from None
+            raise UserError(f"'{self.path / name}' can't be read ({type(error).__name__}); measure again.") from None
 
     @property
     def heads(self) -> pd.DataFrame:
@@ -288,23 +300,7 @@ def load_spectrum(path: str | os.PathLike[str]) -> LoadedSpectrum:
         UserError: Not a spectrum run, damaged, or written by a newer version.
     """
     folder = Path(path)
-    file = folder / HEADER
-    if not file.is_file():
-        raise UserError(f"'{folder}' is not a run folder: it holds no {HEADER}.")
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        version, command = document["schema_version"], document["command"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{file}' is damaged ({type(error).__name__}); measure again into another folder.") from None
-    if command != "spectrum":
-        raise UserError(f"'{folder}' is a {command} run, not a spectrum; read it with laid_eval.load_run.")
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-        raise UserError(
-            f"'{file}' has schema version {version}, this laid-eval reads up to {SCHEMA_VERSION}. Upgrade laid-eval."
-        )
-    try:
-        return LoadedSpectrum(folder, SpectrumRun.model_validate(document))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"'{file}' is damaged: field {where!r}: {first['msg']}.") from None
+    document = read_header(folder)
+    if document.get("command", "spectrum") != "spectrum":
+        raise UserError(f"'{folder}' is a {document['command']} run, not a spectrum; read it with laid_eval.load_run.")
+    return LoadedSpectrum(folder, validated(SpectrumRun, document, folder))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, Protocol, TypeVar
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from laid_eval.records import Record
 
 stderr = Console(stderr=True, highlight=False)
 GIB = 1024**3
@@ -62,6 +66,11 @@ def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, then exit."""
     print(f"laid-eval: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def print_run(folder: Path, header: Record) -> None:
+    """A run as the one JSON document on stdout."""
+    print(json.dumps({"run": str(folder), **header.model_dump(mode="json")}, indent=1, allow_nan=False))
 
 
 def show(what: Any) -> None:

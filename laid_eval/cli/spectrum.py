@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from laid_eval.cli.console import (
     Revision,
     Steps,
     TrustRemoteCode,
+    print_run,
     stderr,
 )
 from laid_eval.errors import UserError
@@ -128,8 +128,7 @@ def spectrum(
     if (run.path / "teacher" / HEADER).is_file():
         save_spectra(load_spectrum(run.path / "teacher"))
     if as_json:
-        document = {"run": str(run.path), **run.header.model_dump(mode="json")}
-        print(json.dumps(document, indent=1, allow_nan=False))
+        print_run(run.path, run.header)
     show_spectrum(run, Console(stderr=as_json, highlight=False), [f.name for f in figures])
 
 

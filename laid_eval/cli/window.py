@@ -26,6 +26,7 @@ from laid_eval.cli.console import (
     Steps,
     TrustRemoteCode,
     fail,
+    print_run,
     show,
     stderr,
 )
@@ -149,8 +150,7 @@ def window(
             step.interrupted()
     figures = [*save_figures(run), *save_why(run)]
     if as_json:
-        document = {"run": str(run.path), **run.header.model_dump(mode="json")}
-        print(json.dumps(document, indent=1, allow_nan=False))
+        print_run(run.path, run.header)
     files = [TRIALS, *([WHY] if run.header.why else []), *(f.name for f in figures)]
     show_window(run, Console(stderr=as_json, highlight=False), files)
     if why and not run.header.why:

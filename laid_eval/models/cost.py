@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,13 @@ def free_memory(device: torch.device) -> int:
         return free
     # File pages that nobody uses are counted as used, but go when memory is needed.
     return free if limit == "max" else min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most resident memory of this process so far, or most taken from an accelerator's allocator."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def needed_memory(shape: Shape, length: int, chunk: int) -> int:

@@ -189,8 +189,13 @@ def _ropes(config: PreTrainedConfig) -> list[dict[str, object]]:
     return [p for p in [ropes, *ropes.values()] if isinstance(p, dict) and "rope_type" in p]
 
 
+def is_rotary(module: nn.Module) -> bool:
+    """Whether a module gives the cosines and sines of rotary embeddings."""
+    return "RotaryEmbedding" in type(module).__name__
+
+
 def _modules(decoder: nn.Module) -> list[nn.Module]:
-    return [m for m in decoder.modules() if "RotaryEmbedding" in type(m).__name__]
+    return [m for m in decoder.modules() if is_rotary(m)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from laid_eval.errors import UserError
 from laid_eval.models.load import scale_rope
-from laid_eval.models.rotary import Rotary, rotaries, unrotated
+from laid_eval.models.rotary import Rotary, is_rotary, rotaries, unrotated
 from laid_eval.spectra import WhatIf
 from laid_eval.spectrum.collect import Arrays, observe_text
 
@@ -85,7 +85,7 @@ def rescaled(model: PreTrainedModel, scaling: str) -> Iterator[None]:
     try:
         for parent in list(decoder.modules()):
             for name, child in list(parent.named_children()):
-                if "RotaryEmbedding" in type(child).__name__:
+                if is_rotary(child):
                     changed.append((parent, name, child))
                     build: Any = type(child)
                     setattr(parent, name, build(config=inner).to(model.device))

@@ -34,8 +34,8 @@ from laid_eval.spectrum.observe import observe, sample
 Floats = NDArray[np.floating[Any]]
 Arrays = dict[str, NDArray[Any]]
 
-_WHOLE = ("profile", "logit", "moment", "rms")
-"""Kept once, not per text: the profile as a mean, the others of the first text."""
+_FIRST = ("logit", "moment", "rms")
+"""Kept of the first text only."""
 
 
 def observe_text(
@@ -83,7 +83,7 @@ def finish(parts: Sequence[Arrays], rotary: Sequence[Rotary | None], length: int
     texts = [_derived(part) for part in parts]
     out: Arrays = {name: np.stack([t[name] for t in texts]) for name in texts[0]}
     out["profile"] = np.stack([part["profile"].mean(axis=1) for part in parts]).mean(axis=0)
-    out |= {name: parts[0][name] for name in _WHOLE[1:] if name in parts[0]}
+    out |= {name: parts[0][name] for name in _FIRST if name in parts[0]}
     layers = parts[0]["layers"]
     pairs = max((len(r.theta) for r in rotary if r), default=0)
     theta = np.full((len(layers), pairs), np.nan)

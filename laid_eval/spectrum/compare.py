@@ -21,7 +21,7 @@ from laid_eval.spectrum.fourier import normalised
 from laid_eval.spectrum.intervals import mean_there, sign_flip_p, text_interval
 from laid_eval.spectrum.layout import BANDS, far_bins, far_distance
 from laid_eval.spectrum.mixing import Mixing
-from laid_eval.spectrum.summary import outside_sinks, usage_share
+from laid_eval.spectrum.summary import outside_sinks, usage_share, wavelengths
 
 Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
@@ -72,7 +72,7 @@ def compare_spectra(
     arrays: Arrays = {}
     if _same_pairs(own, other):
         gain = _gain(own, other)
-        arrays = {"gain_db": gain, "wavelength": _wavelength(own)}
+        arrays = {"gain_db": gain, "wavelength": wavelengths(own)}
     if mixing is not None:
         found += _mixing(mixing, seed)
         arrays["key_r2"] = mixing.by_pair
@@ -155,7 +155,7 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
             )
         )
         return out
-    wavelength = _wavelength(own)
+    wavelength = wavelengths(own)
     finite = np.isfinite(wavelength)  # (L, F)
     chosen = finite & (wavelength >= low)
     out += [
@@ -276,12 +276,6 @@ def _leakage(student: Arrays, teacher: Arrays, cut: float) -> Floats:
     return np.asarray(np.maximum(other - own, 0)[..., low].sum(-1))
 
 
-def _wavelength(arrays: Arrays) -> Floats:
-    """(L, F) tokens per turn; infinite where a pair does not turn, NaN where there is none."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(2 * np.pi / arrays["theta"])
-
-
 def _within(arrays: Arrays, chosen: NDArray[np.bool_]) -> Floats:
     """(T, L, F) mean usage share over heads, 0 outside the chosen pairs (L, F)."""
     return np.where(chosen, np.nan_to_num(_layer_mean(usage_share(arrays))), 0.0)
@@ -304,7 +298,7 @@ def _same_pairs(own: Arrays, other: Arrays) -> bool:
 
 def _low_share(arrays: Arrays, low: float) -> Floats:
     """(T, L, 1) mean over heads of the usage share of wavelengths from `low` tokens."""
-    wavelength = _wavelength(arrays)
+    wavelength = wavelengths(arrays)
     chosen = np.isfinite(wavelength) & (wavelength >= low)
     return np.asarray(_within(arrays, chosen).sum(axis=-1, keepdims=True))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from transformers import PreTrainedModel
 from laid_eval.environment import environment
 from laid_eval.errors import UserError
 from laid_eval.models.capture import ROWS, check_capture
-from laid_eval.models.cost import Shape, free_memory, shape_of
+from laid_eval.models.cost import Shape, free_memory, peak_memory, shape_of
 from laid_eval.models.fork import why_not_forked
 from laid_eval.models.frame import Frame, frame_of
 from laid_eval.models.load import Described, LoadedModel, load
@@ -379,13 +377,6 @@ def check_memory(described: Described, shape: Shape, length: int) -> None:
             f"A spectrum of {described.source.name!r} at {length:,} tokens needs about "
             f"{(weights + per_token * length) / _GIB:.1f} GiB; {free / _GIB:.1f} GiB are free. {room}"
         )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: resident memory of the process, or of the accelerator's allocator."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _notes(info: ModelInfo, length: int) -> tuple[str, ...]:

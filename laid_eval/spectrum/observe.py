@@ -89,9 +89,7 @@ def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str,
     """
     device, w = call.query.device, plan.width
     key = wide(call.key[0])
-    k_sum = (
-        torch.cumsum(key[:, SINKS:].double(), dim=1).to(key.dtype) if call.mask.plain and rotary is not None else None
-    )
+    k_sum = _running_sum(key[:, SINKS:]) if call.mask.plain and rotary is not None else None
     back = torch.arange(w, device=device)
     sums: dict[str, Tensor] = {}
 
@@ -116,10 +114,8 @@ def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str,
             query = call.query[0][:, rows]
             product = rotary.pairs(query) * (rotary.pairs(attended) - rotary.pairs(even)).conj()
             add("contribution", call.scale * product.real.sum(1))
-    count = len(plan.rows)
-    halves = torch.tensor([(count + 1) // 2, count // 2], device=device).clamp_min(1)
-    profile = sums.pop("profile") / halves[:, None, None]
-    out = {"profile": profile, **{name: value / count for name, value in sums.items()}}
+    sums["profile"] *= 2  # each half holds half of the rows
+    out = {name: value / len(plan.rows) for name, value in sums.items()}
     if rotary is not None:
         out["utility"] = rotation_utility(call, rotary, plan.few.to(device), BANDS)
     return out

@@ -45,6 +45,12 @@ def usage_share(arrays: Arrays) -> Floats:
     return np.asarray(usage / np.where(total > 0, total, np.nan))
 
 
+def wavelengths(arrays: Arrays) -> Floats:
+    """(L, F) tokens per turn; infinite where a pair does not turn, NaN where there is none."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(2 * np.pi / arrays["theta"])
+
+
 def metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...]:
     """Means over layers and heads (medians for distances), with intervals over texts."""
     octave, far, near = outside_sinks(arrays), far_distance(length, 4), 4 / stationary_width(length)
@@ -104,23 +110,29 @@ def bands(arrays: Arrays, confidence: float) -> tuple[Band, ...]:
     """Usage, contribution and utility by range of wavelengths."""
     if "usage" not in arrays:
         return ()
-    with np.errstate(divide="ignore"):
-        wavelength = 2 * np.pi / arrays["theta"]  # (L, F); infinite where a pair does not turn
+    wavelength, share = wavelengths(arrays), usage_share(arrays)
     out = []
     for b, (low, high) in enumerate(pairwise(BANDS)):
         inside = (wavelength >= low) & (wavelength < high)
         if inside.any():
-            band = _band(arrays, inside, confidence, low, None if np.isinf(high) else high)
+            band = _band(arrays, share, inside, confidence, low, None if np.isinf(high) else high)
             out.append(_with_utility(band, arrays, inside, b, confidence) if "utility" in arrays else band)
     if np.isinf(wavelength).any():
-        out.append(_band(arrays, np.isinf(wavelength), confidence, None, None))
+        out.append(_band(arrays, share, np.isinf(wavelength), confidence, None, None))
     return tuple(out)
 
 
-def _band(arrays: Arrays, inside: NDArray[np.bool_], confidence: float, low: float | None, high: float | None) -> Band:
-    """The pairs `inside` (L, F), over all layers that rotate."""
+def _band(
+    arrays: Arrays,
+    share: Floats,
+    inside: NDArray[np.bool_],
+    confidence: float,
+    low: float | None,
+    high: float | None,
+) -> Band:
+    """The pairs `inside` (L, F), over all layers that rotate; `share` from `usage_share`."""
     turning = ~np.isnan(arrays["theta"]).all(axis=1)
-    share = usage_share(arrays)[:, turning]
+    share = share[:, turning]
     pick = inside[None, turning, None]
     pairs = (~np.isnan(arrays["theta"][turning])).sum(axis=1)
     usage = _mean(_pair_sum(np.where(pick, share, share * 0)))

@@ -14,6 +14,7 @@ from laid_eval.models.frame import frame_of
 from laid_eval.models.load import Described, load
 from laid_eval.models.rotary import Rotary, rotaries
 from laid_eval.spectra import (
+    COMPARISON,
     LoadedSpectrum,
     load_spectrum,
     save_arrays,
@@ -41,7 +42,7 @@ def compare_models(
     mixing, why = _mixing(student, teacher, corpus, own.header.settings.length, seed)
     found = compare_spectra(own, theirs, mixing, seed)
     if found.arrays:
-        save_arrays(own.path / "comparison.npz", found.arrays)
+        save_arrays(own.path / COMPARISON, found.arrays)
     notes = [n for n in (*found.notes, why) if n]
     header = own.header.model_copy(
         update={

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from laid_eval.environment import environment
 from laid_eval.errors import UserError
+from laid_eval.models.cost import peak_memory
 from laid_eval.models.load import describe
 from laid_eval.models.rotary import rotaries_of_config
 from laid_eval.models.source import resolve
@@ -27,7 +28,7 @@ from laid_eval.spectra import (
     save_arrays,
     save_spectrum,
 )
-from laid_eval.spectrum.measure import LENGTH, earlier, peak_memory
+from laid_eval.spectrum.measure import LENGTH, earlier
 from laid_eval.spectrum.summary import bands, coverage, usage_metrics
 from laid_eval.spectrum.weights import weight_spectrum
 

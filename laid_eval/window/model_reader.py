@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 
-import torch
-
+from laid_eval.models.cost import peak_memory
 from laid_eval.models.fork import ForkedText, Text, WholePrompts, why_not_forked
 from laid_eval.models.frame import Branch, frame_of
 from laid_eval.models.load import LoadedModel
@@ -66,10 +63,7 @@ class ModelReader:
 
     def peak_memory_bytes(self) -> int | None:
         """Peak resident memory of the process, or of the accelerator's allocator."""
-        if self.model.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.model.device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak_memory(self.model.device)
 
     def _branch(self, question: Question) -> Branch:
         if question not in self._branches:

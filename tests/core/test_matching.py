@@ -1,8 +1,4 @@
-"""Attention matching is a divergence, weighs distance as it says, and costs what the rows cost."""
-
-import os
-import subprocess
-import sys
+"""Attention matching is a divergence that weighs distance as it says."""
 
 import pytest
 import torch
@@ -13,14 +9,12 @@ from laid_eval.core import (
     HeadMixer,
     Heads,
     View,
-    distance_weight,
     index_distance,
     octave_matching,
     rope_distance,
     seen_keys,
     sink_keys,
 )
-from laid_eval.core.matching import octave_weights
 
 N = 48
 
@@ -158,43 +152,6 @@ def test_the_farthest_octaves_share_of_the_gradient_grows_with_gamma_and_kappa()
     assert shares == sorted(shares)
     assert shares[2] > 1.3 * shares[0]
     assert share(gamma=1.0, kappa=1.0) > shares[2] > share(gamma=1.0, kappa=0.0)
-
-
-@pytest.mark.parametrize("octaves", range(4, 21))
-def test_weights_move_outward_with_training_and_keep_their_mean(octaves):
-    filled = torch.ones(1, octaves + 1)
-    last = torch.zeros(octaves - 1)
-    for step in range(0, 1001, 50):
-        weights = octave_weights(filled, distance_weight(step, 1000))[0]
-        assert weights[0] == 1
-        assert weights[1:].mean().item() == pytest.approx(1, abs=1e-6)
-        ratios = weights[2:] / weights[1:-1]
-        assert (ratios >= last - 1e-6).all()
-        last = ratios
-    assert (weights[-1] / weights[1]).item() == pytest.approx(64, rel=1e-5)
-
-
-def test_octaves_that_a_row_lacks_take_no_part_in_the_mean():
-    filled = torch.tensor([[True, True, True, False, False], [False, False, True, False, True]])
-    weights = octave_weights(filled.float(), 1.0)
-    for row, here in zip(weights, filled, strict=True):
-        assert row[1:][here[1:]].mean().item() == pytest.approx(1)
-        assert (row[1:][~here[1:]] == 0).all()
-    assert torch.equal(octave_weights(filled.float(), 0.0)[:, 1:], filled[:, 1:].float())
-
-
-def test_the_ramp_is_a_function_of_the_optimisers_step():
-    values = [distance_weight(step, 200, maximum=2.0) for step in range(260)]
-    assert values == sorted(values)
-    assert values[:11] == [0.0] * 11
-    assert values[160:] == [2.0] * 100
-    assert distance_weight(85, 200) == pytest.approx(0.5)
-    with pytest.raises(
-        ValueError, match="total_steps is 0: the ramp of the distance weight needs the length of the run"
-    ):
-        distance_weight(3, 0)
-    with pytest.raises(ValueError, match=r"from 0\.8 to 0\.1"):
-        distance_weight(3, 10, start=0.8, end=0.1)
 
 
 def test_what_happens_inside_the_sink_is_no_octaves_matter():
@@ -482,36 +439,3 @@ def test_wrong_shapes_are_named():
         match(STUDENT, weights=torch.ones(3))
     with pytest.raises(ValueError, match=r"kappa 1\.5"):
         match(STUDENT, kappa=1.5)
-
-
-MEMORY = """
-import resource, torch
-from laid_eval.core import Heads, View, index_distance, octave_matching, seen_keys, sink_keys
-KEYS = 8192
-own, other = ([torch.randn(1, KEYS, 16).requires_grad_(grad) for _ in "qk"] for grad in (True, False))
-def octaves(rows, keys=KEYS):
-    index, documents = torch.arange(rows) * (keys // rows), torch.zeros(keys, dtype=torch.long)
-    view = View(seen_keys(index, documents), index_distance(index, keys), sink_keys(documents))
-    sides = [Heads(q[:, index], k[:, :keys], 0.25) for q, k in (own, other)]
-    octave_matching(*sides, torch.eye(1), view, gamma=1.0).loss.backward()
-def dense():
-    logs = [(q @ k.mT).log_softmax(-1) for q, k in (own, other)]  # no mask, no backward pass: at least so much
-    torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-octaves(16, 64)
-start = peak()
-for step in (lambda: octaves(32), lambda: octaves(256), dense):  # ascending: a peak hides all smaller ones after it
-    step()
-    print(peak() - start)
-"""
-
-
-def test_memory_is_a_tenth_of_dense_and_hardly_grows_with_the_rows():
-    # glibc hands freed blocks back at once: else the peak measures how its heap came to be cut up
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment)
-    few, many, dense = (float(line) for line in done.stdout.split())  # MiB
-    assert dense > 1000  # four maps and more of 256 MiB each
-    assert many < 0.1 * dense
-    assert many - few < 50  # what a row sees is kept, some bytes a key; what is computed from it is not

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe & Ito: told apart by colour-blind readers and in grey.
 INK, CURVE, CLAIMED = "#333333", "#0072B2", "#D55E00"
 CRITERIA = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write under a name beside `path`, then rename: a reader never sees half a picture."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, dpi=150)
+    os.replace(temporary, path)
+    return path
+
+
+def octave_axis(ax: Axes, first: int, longest: float, label: str) -> None:
+    """A logarithmic axis with a tick at every second power of two, from 2^first tokens."""
+    ax.set_xscale("log", base=2)
+    ticks = [2.0**k for k in range(first, int(np.log2(longest)) + 1, 2)]
+    ax.set_xticks(ticks, [tokens_text(t) if t < 2**20 else f"{t / 2**20:.0f}M" for t in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel(label)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def token_axis(ax: Axes, low: float, high: float, label: str = "context length (tokens)") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laid_eval.errors import UserError
-from laid_eval.report.plot.axes import CURVE, INK, new_axes
+from laid_eval.report.plot.axes import CURVE, INK, new_axes, save_figure
 from laid_eval.runs import LoadedRun, load_run
 from laid_eval.window.why import CAUSES
 
@@ -86,11 +86,7 @@ def save_why(run: LoadedRun) -> list[Path]:
     figure = Figure(figsize=(7.2, 3.4 * len(splits)), layout="constrained")
     for k, split in enumerate(splits):
         why(run, ax=figure.add_subplot(len(splits), 1, k + 1), probe=split.probe)
-    path = run.path / "why.png"
-    temporary = run.path / ".why.tmp.png"
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
-    return [path]
+    return [save_figure(figure, run.path / "why.png")]
 
 
 def _words(name: str, split: Why) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laid_eval.errors import UserError
-from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, tokens_text
+from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, octave_axis, save_figure, tokens_text
 from laid_eval.spectra import LoadedSpectrum, load_spectrum
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ SCORES = {
     "retrieval": "retrieval: answer token found in its needle",
     "d50": "half-mass distance",
 }
+_WAVELENGTH = "wavelength of the rotary pair (tokens)"
 Run = LoadedSpectrum | str | os.PathLike[str]
 
 
@@ -101,16 +102,12 @@ def pairs(run: Run, ax: Axes | None = None) -> Axes:
     ax.axvline(n, color=INK, lw=1, label=f"measured length ({n:,})")
     if claimed and claimed != n:
         ax.axvline(claimed, color=CLAIMED, lw=1.2, ls="--", label=f"claimed length ({claimed:,})")
-    ax.set_xscale("log", base=2)
-    ticks = [2.0**k for k in range(3, int(np.log2(ax.get_xlim()[1])) + 1, 2)]
-    ax.set_xticks(ticks, [tokens_text(t) if t < 2**20 else f"{t / 2**20:.0f}M" for t in ticks])
-    ax.set_xticks([], minor=True)
+    ax.set_xscale("log", base=2)  # its margins decide how far the ticks go
+    octave_axis(ax, 3, ax.get_xlim()[1], _WAVELENGTH)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("wavelength of the rotary pair (tokens)")
     what = "share of usage, mean |q| x mean |k|"
     ax.set_ylabel(what if header.settings.texts else "share of amplitude by the weights alone")
     ax.set_title(f"{header.model.name}: usage of rotary pairs", loc="left", fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=7.5, frameon=False)
     return ax
 
@@ -193,13 +190,9 @@ def gain(run: Run, ax: Axes | None = None) -> Axes:
         UserError: The run holds no comparison pair by pair.
     """
     loaded = _loaded(run)
-    path = loaded.path / "comparison.npz"
-    if not path.is_file():
-        raise UserError(f"The run '{loaded.path}' holds no teacher with the same rotary pairs; measure with --teacher.")
-    with np.load(path, allow_pickle=False) as file:
-        found: dict[str, NDArray[Any]] = dict(file)
+    found = loaded.comparison
     if "gain_db" not in found:
-        raise UserError(f"The run '{loaded.path}' holds no teacher with the same rotary pairs.")
+        raise UserError(f"The run '{loaded.path}' holds no teacher with the same rotary pairs; measure with --teacher.")
     ax = ax or new_axes((7.2, 3.6))
     longest = 0.0
     for k, (inv_freq, rows) in enumerate(_groups(2 * np.pi / found["wavelength"])):
@@ -213,15 +206,10 @@ def gain(run: Run, ax: Axes | None = None) -> Axes:
         ax.plot(wavelength, median, color=colour, lw=1.8, marker="o", ms=3.5, label=label)
     ax.axhline(0, color=INK, lw=0.8)
     ax.axvline(loaded.header.settings.length, color=INK, lw=1, ls=":", label="measured length")
-    ax.set_xscale("log", base=2)
-    ticks = [2.0**k for k in range(3, int(np.log2(longest)) + 1, 2)]
-    ax.set_xticks(ticks, [tokens_text(t) if t < 2**20 else f"{t / 2**20:.0f}M" for t in ticks])
-    ax.set_xticks([], minor=True)
-    ax.set_xlabel("wavelength of the rotary pair (tokens)")
+    octave_axis(ax, 3, longest, _WAVELENGTH)
     ax.set_ylabel("usage, student over teacher (dB)")
     teacher = loaded.header.teacher.name if loaded.header.teacher else "teacher"
     ax.set_title(f"{loaded.header.model.name} against {teacher}", loc="left", fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=7.5, frameon=False)
     return ax
 
@@ -253,14 +241,9 @@ def what_if(run: Run, ax: Axes | None = None, scaling: str | None = None) -> Axe
         (arrays[f"what_if_{k}_measured"], CLAIMED, "-", f"{name}: measured"),
     ):
         ax.plot(np.maximum(at, 0.5), np.nanmean(values, axis=(0, 1)), color=colour, ls=style, lw=1.6, label=label)
-    ax.set_xscale("log", base=2)
-    ticks = [2.0**k for k in range(0, int(np.log2(at.max())) + 1, 2)]
-    ax.set_xticks(ticks, [tokens_text(t) for t in ticks])
-    ax.set_xticks([], minor=True)
-    ax.set_xlabel("distance (tokens)")
+    octave_axis(ax, 0, at.max(), "distance (tokens)")
     ax.set_ylabel("mean logit (nats)")
     ax.set_title(f"{loaded.header.model.name}: logit by distance, what if {name}", loc="left", fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=7.5, frameon=False)
     return ax
 
@@ -272,10 +255,7 @@ def save_spectra(run: LoadedSpectrum) -> list[Path]:
     out: list[Path] = []
 
     def save(name: str, figure: Figure) -> None:
-        path, temporary = run.path / f"{name}.png", run.path / f".{name}.tmp.png"
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-        out.append(path)
+        out.append(save_figure(figure, run.path / f"{name}.png"))
 
     header = run.header
     if header.settings.texts:
@@ -301,13 +281,10 @@ def save_spectra(run: LoadedSpectrum) -> list[Path]:
         for k, tried in enumerate(header.what_if):
             what_if(run, ax=figure.add_subplot(len(header.what_if), 1, k + 1), scaling=tried.scaling)
         save("what-if", figure)
-    if (run.path / "comparison.npz").is_file():
-        with np.load(run.path / "comparison.npz", allow_pickle=False) as file:
-            by_pair = "gain_db" in file
-        if by_pair:
-            figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-            gain(run, ax=figure.add_subplot())
-            save("gain", figure)
+    if "gain_db" in run.comparison:
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        gain(run, ax=figure.add_subplot())
+        save("gain", figure)
     return out
 
 

@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from laid_eval.errors import UserError
 from laid_eval.records import WindowEstimate
-from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, token_axis, tokens_text
+from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, save_figure, token_axis, tokens_text
 from laid_eval.runs import LoadedRun, load_run
 
 if TYPE_CHECKING:
@@ -162,11 +162,7 @@ def save_figures(run: LoadedRun) -> list[Path]:
         figure = Figure(figsize=(7.2, height * len(probes)), layout="constrained")
         for k, probe in enumerate(probes):
             draw(run, ax=figure.add_subplot(len(probes), 1, k + 1), probe=probe)
-        path = run.path / f"{name}.png"
-        temporary = run.path / f".{name}.tmp.png"
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-        out.append(path)
+        out.append(save_figure(figure, run.path / f"{name}.png"))
     return out
 
 
