@@ -13,3 +13,26 @@ def smollm2():
     from laid_eval.models.source import resolve
 
     return load(describe(resolve("smollm2"), device="cpu"))
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Runs a command within this process (a new one spends most of its time importing torch): exit code, stdout, stderr."""
+    import subprocess
+    import sys
+
+    from laid_eval.cli import main
+
+    def run(*words, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["laid-eval", *map(str, words)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, printed.out, printed.err)
+
+    return run

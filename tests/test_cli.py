@@ -1,4 +1,4 @@
-"""The command line as people use it: real processes, exit codes, one clear line for every mistake."""
+"""The command line as people use it: exit codes, one clear line for every mistake, kills and Ctrl-C."""
 
 import json
 import signal
@@ -54,8 +54,8 @@ def run(*words, timeout=300, cwd=None):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_a_mistake_gets_one_clear_line_and_exit_code_2(tmp_path, words, message):
-    done = run(*words, cwd=tmp_path)
+def test_a_mistake_gets_one_clear_line_and_exit_code_2(tmp_path, command_line, words, message):
+    done = command_line(*words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
@@ -65,21 +65,21 @@ def test_a_mistake_gets_one_clear_line_and_exit_code_2(tmp_path, words, message)
     assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
 
 
-def test_a_short_haystack_and_a_foreign_folder_are_told(tmp_path):
+def test_a_short_haystack_and_a_foreign_folder_are_told(tmp_path, command_line):
     text = tmp_path / "short.txt"
     text.write_text("Only this sentence. And this one.")
-    done = run(*QUICK, "--haystack", text, "--out", tmp_path / "run")
+    done = command_line(*QUICK, "--haystack", text, "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2
     assert "Haystack text 'short.txt' is too short: it has" in done.stderr
     assert not (tmp_path / "run").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear")
-    done = run(*QUICK, "--out", tmp_path / "other")
+    done = command_line(*QUICK, "--out", tmp_path / "other", cwd=tmp_path)
     assert done.returncode == 2
     assert "is not a run folder" in done.stderr
     (tmp_path / "newer").mkdir()
     (tmp_path / "newer" / "run.json").write_text('{"schema_version": 7}')
-    done = run(*QUICK, "--out", tmp_path / "newer")
+    done = command_line(*QUICK, "--out", tmp_path / "newer", cwd=tmp_path)
     assert done.returncode == 2
     assert "schema version 7" in done.stderr
 

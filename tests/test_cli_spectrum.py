@@ -73,8 +73,8 @@ def test_weights_only_reads_no_text(tmp_path):
         (["--model", "nowhere"], "nowhere"),
     ],
 )
-def test_a_mistake_gets_one_line(words, says, tmp_path):
-    result = laid_eval("spectrum", *words, cwd=tmp_path)
+def test_a_mistake_gets_one_line(words, says, tmp_path, command_line):
+    result = command_line("spectrum", *words, cwd=tmp_path)
     assert result.returncode == 2
     assert says in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
