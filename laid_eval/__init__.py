@@ -10,6 +10,8 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from laid_eval.distillation.session import distill
+    from laid_eval.distillations import DistillRun, LoadedDistillation, load_distillation
     from laid_eval.errors import UserError
     from laid_eval.records import Run, Trial, WindowEstimate
     from laid_eval.report import plot
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Criterion": "laid_eval.window.curve",
+    "DistillRun": "laid_eval.distillations",
+    "LoadedDistillation": "laid_eval.distillations",
     "LoadedRun": "laid_eval.runs",
     "LoadedSpectrum": "laid_eval.spectra",
     "Run": "laid_eval.records",
@@ -33,7 +37,9 @@ _HOMES = {
     "UserError": "laid_eval.errors",
     "WindowEstimate": "laid_eval.records",
     "compare_spectra": "laid_eval.spectrum.compare",
+    "distill": "laid_eval.distillation.session",
     "estimate_window": "laid_eval.window.estimate",
+    "load_distillation": "laid_eval.distillations",
     "load_run": "laid_eval.runs",
     "load_spectrum": "laid_eval.spectra",
     "measure_spectrum": "laid_eval.spectrum.session",
@@ -43,6 +49,8 @@ _HOMES = {
 
 __all__ = [
     "Criterion",
+    "DistillRun",
+    "LoadedDistillation",
     "LoadedRun",
     "LoadedSpectrum",
     "Run",
@@ -52,7 +60,9 @@ __all__ = [
     "UserError",
     "WindowEstimate",
     "compare_spectra",
+    "distill",
     "estimate_window",
+    "load_distillation",
     "load_run",
     "load_spectrum",
     "measure_spectrum",

@@ -1,4 +1,4 @@
-"""Finds the declarations that live beside the package: probes, suites, tasks, templates.
+"""Finds the declarations that live beside the package: probes, recipes, suites, tasks, templates.
 
 In a wheel they are mapped into `laid_eval/_bundled/`; in a checkout they are the top-level folders themselves.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["probes"]
-_CHECKOUT = {"probes": "probes/window"}
+Kind = Literal["probes", "training", "recipes"]
+_CHECKOUT = {"probes": "probes/window", "training": "probes/training", "recipes": "recipes"}
 
 
 def bundled(kind: Kind) -> Path:

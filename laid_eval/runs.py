@@ -106,8 +106,9 @@ def load_header(folder: Path) -> Run:
         UserError: No run folder, a damaged header, or one from a newer version of the program.
     """
     document = read_header(folder, f"Its trials are in {TRIALS}; restore the header from a copy, or measure")
-    if document.get("command") == "spectrum":
-        raise UserError(f"'{folder}' is a spectrum run, not a window; read it with laid_eval.load_spectrum.")
+    other = {"spectrum": "load_spectrum", "distill": "load_distillation"}.get(str(document.get("command")))
+    if other:
+        raise UserError(f"'{folder}' is a {document['command']} run, not a window; read it with laid_eval.{other}.")
     return validated(Run, document, folder)
 
 

@@ -15,10 +15,10 @@ LAYERS = [
     {"models"},
     {"window"},
     {"spectrum"},
-    {"report", "distill", "serving"},
+    {"report", "distillation", "serving"},
     {"cli", "__main__"},
 ]
-LEAVES = {"records", "runs", "errors", "resources", "environment", "spectra"}
+LEAVES = {"distillations", "records", "runs", "errors", "resources", "environment", "spectra"}
 
 
 def _imports(path):

@@ -1,4 +1,4 @@
-"""`laid-eval models` and `laid-eval probes`: what is there."""
+"""`laid-eval models`, `laid-eval probes` and `laid-eval recipes`: what is there."""
 
 from __future__ import annotations
 
@@ -44,4 +44,19 @@ def probes(as_json: Json = False) -> None:
     table = Table("name", "what is asked", "choices", "from", box=None, pad_edge=False)
     for p in found:
         table.add_row(p.name, p.summary, str(p.choices), f"{p.min_length} tokens")
+    show(table)
+
+
+def recipes(as_json: Json = False) -> None:
+    """List the recipes of `laid-eval distill`."""
+    from laid_eval.distillation.recipe import load_recipe, recipe_hash, recipe_names
+
+    found = [load_recipe(name) for name in recipe_names()]
+    if as_json:
+        print(json.dumps([{"hash": recipe_hash(r), **r.model_dump(mode="json")} for r in found], indent=1))
+        return
+    table = Table("name", "what is minimised", "trains", box=None, pad_edge=False)
+    for r in found:
+        trains = [*(["weights"] if r.training.weights == "all" else []), *(["gains"] if r.gain else [])]
+        table.add_row(r.name, r.summary, ", ".join(trains))
     show(table)

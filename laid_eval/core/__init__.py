@@ -9,7 +9,7 @@ into the checkpoint (`FoldSite`) when training is over.
 from laid_eval.core.alignment import Alignment, qk_alignment
 from laid_eval.core.gain import FoldSite, GainNotFoldable, RopeGain, fold_gain, query_rows
 from laid_eval.core.heads import Heads
-from laid_eval.core.kl import Unembedding, shared_vocab_kl
+from laid_eval.core.kl import Unembedding, label_loss, shared_vocab_kl
 from laid_eval.core.matching import Matched, distance_weight, octave_matching
 from laid_eval.core.mixer import HeadMixer, head_similarity
 from laid_eval.core.view import (
@@ -39,6 +39,7 @@ __all__ = [
     "head_similarity",
     "image_distance",
     "index_distance",
+    "label_loss",
     "octave_matching",
     "qk_alignment",
     "query_rows",

@@ -1,4 +1,4 @@
-"""KL of a student's next-token distribution from its teacher's, on the vocabulary both have.
+"""Losses on next tokens: a student's distribution against its teacher's, on the vocabulary both have, and labels.
 
 Vocabularies of one tokenizer are padded to different sizes (Qwen2.5: 151,936 and 152,064 rows). Padding the smaller
 logits with zeros puts probability on tokens that don't exist; both are cut to the shared rows instead.
@@ -9,6 +9,7 @@ a few at a time, and projected again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,28 @@ class Unembedding:
         bias = None if self.bias is None else self.bias[:vocabulary]
         logits = wide(torch.nn.functional.linear(hidden, self.weight[:vocabulary], bias)) * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def label_loss(hidden: Tensor, unembedding: Unembedding, rows: Tensor, labels: Tensor, *, chunk: int = 32) -> Tensor:
+    """Scalar mean cross-entropy of labelled tokens, nats; 0 where there are none.
+
+    Args:
+        hidden: (N, E) last hidden states, after the final norm.
+        unembedding: Of the model.
+        rows: (M,) indices of the tokens that predict a label: the one before it.
+        labels: (M,) tokens to be predicted.
+        chunk: Tokens projected at a time.
+
+    >>> rows = torch.arange(2)
+    >>> round(float(label_loss(torch.zeros(2, 3), Unembedding(torch.eye(3)), rows, rows).exp()), 4)
+    3.0
+    """
+
+    def part(at: slice) -> Tensor:
+        logits = unembedding.logits(hidden[rows[at]], len(unembedding.weight))
+        return torch.nn.functional.cross_entropy(logits, labels[at], reduction="sum")
+
+    return _over_chunks(part, hidden, len(rows), chunk)
 
 
 def shared_vocab_kl(
@@ -81,14 +104,20 @@ def shared_vocab_kl(
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be positive")
 
-    def divergence(index: Tensor) -> Tensor:
+    def divergence(at: slice) -> Tensor:
+        index = rows[at]
         with torch.no_grad():
             target = teacher.logits(teacher_hidden[index], vocabulary).div(temperature).log_softmax(dim=-1)
         own = student.logits(student_hidden[index], vocabulary).div(temperature).log_softmax(dim=-1)
         return torch.nn.functional.kl_div(own, target, reduction="sum", log_target=True)
 
-    total = wide(student_hidden[:0]).sum()  # joins the graph even where no token counts: other processes wait for it
-    for start in range(0, len(rows), chunk):
-        part = checkpoint(divergence, rows[start : start + chunk], use_reentrant=False, preserve_rng_state=False)
-        total = total + part
-    return temperature**2 * total / max(len(rows), 1)
+    return temperature**2 * _over_chunks(divergence, student_hidden, len(rows), chunk)
+
+
+def _over_chunks(part: Callable[[slice], Tensor], hidden: Tensor, rows: int, chunk: int) -> Tensor:
+    """Mean over rows of what `part` sums over a slice of them, computed again in the backward pass."""
+    total = wide(hidden[:0]).sum()  # joins the graph even where no token counts: other processes wait for it
+    for start in range(0, rows, chunk):
+        at = slice(start, start + chunk)
+        total = total + checkpoint(part, at, use_reentrant=False, preserve_rng_state=False)
+    return total / max(rows, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from laid_eval.core import Unembedding, shared_vocab_kl
+from laid_eval.core import Unembedding, label_loss, shared_vocab_kl
 
 N, V = 40, 50
 ROWS = torch.tensor([3, 7, 8, 9, 20, 21, 39])
@@ -113,3 +113,19 @@ def test_what_cannot_be_compared_is_refused():
         shared_vocab_kl(STUDENT, own, TEACHER[1:], other, ROWS)
     with pytest.raises(ValueError, match=r"temperature 0\.0 must be positive"):
         shared_vocab_kl(STUDENT, own, TEACHER, other, ROWS, temperature=0.0)
+
+
+def test_label_loss_is_the_cross_entropy_of_the_labelled_tokens_and_so_are_its_gradients():
+    torch.manual_seed(0)
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    rows, labels = torch.tensor([2, 5, 19]), torch.tensor([4, 49, 0])
+    loss = label_loss(hidden, Unembedding(weight, scale=0.5), rows, labels, chunk=2)
+    plain = torch.nn.functional.cross_entropy(hidden[rows] @ weight.T * 0.5, labels)
+    assert torch.allclose(loss, plain)
+    ours = torch.autograd.grad(loss, (weight, hidden))
+    theirs = torch.autograd.grad(plain, (weight, hidden))
+    assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+    nothing = label_loss(hidden, Unembedding(weight), rows[:0], labels[:0])
+    assert float(nothing) == 0
+    nothing.backward()  # still part of the graph

@@ -1,6 +1,7 @@
 """Plots of runs: `laid_eval.plot.window(run)`. Each takes `ax=None` and returns the Axes."""
 
 from laid_eval.report.plot.causes import save_why, why
+from laid_eval.report.plot.distillations import losses, rope_gain, save_distillation_figures
 from laid_eval.report.plot.spectra import bands, gain, heads, pairs, save_spectra, transfer, what_if
 from laid_eval.report.plot.windows import depth, save_figures, window
 
@@ -9,7 +10,10 @@ __all__ = [
     "depth",
     "gain",
     "heads",
+    "losses",
     "pairs",
+    "rope_gain",
+    "save_distillation_figures",
     "save_figures",
     "save_spectra",
     "save_why",

@@ -1,0 +1,1 @@
+"""Distils a long-context teacher into a student: recipes, data, training, export."""

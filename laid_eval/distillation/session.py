@@ -1,0 +1,441 @@
+"""A distillation from the models' names to an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from laid_eval.core import GainNotFoldable
+from laid_eval.distillation.export import export, save_gains
+from laid_eval.distillation.gain_start import start_gains
+from laid_eval.distillation.pairs import batch_of, choose_pairs, start_mixers
+from laid_eval.distillation.recipe import Recipe, changed, load_recipe, recipe_hash
+from laid_eval.distillation.samples import Source, open_source
+from laid_eval.distillation.student import Pair, Student, Teacher, checkpoint_layers
+from laid_eval.distillation.train import StepReport, newest_checkpoint, step_of, train, trained
+from laid_eval.distillations import (
+    STEPS,
+    WINDOWS,
+    DistillCost,
+    DistillRun,
+    LoadedDistillation,
+    StepWindow,
+    append_line,
+    keep_steps,
+    load_distillation,
+    read_lines,
+    save_distillation,
+)
+from laid_eval.environment import environment
+from laid_eval.errors import UserError
+from laid_eval.models.cost import peak_memory
+from laid_eval.models.fold import fold, write_certificate
+from laid_eval.models.fold_sites import fold_sites
+from laid_eval.models.frame import Frame, frame_of
+from laid_eval.models.gained import add_gains, drop_gains, gainable, gains_of
+from laid_eval.models.load import Described, LoadedModel, describe, load, load_failure
+from laid_eval.models.rotary import Rotary, rotaries
+from laid_eval.models.source import quiet, resolve
+from laid_eval.runs import HEADER, run_folder
+from laid_eval.window.model_reader import ModelReader
+from laid_eval.window.session import measure_window
+
+_PROBE_TOKENS = 256  # of the text on which folded and exported models are compared
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a distillation stands, for a live line."""
+
+    folder: Path
+    doing: str
+    step: StepReport | None = None
+    window: str | None = None
+    """The last quick estimate."""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two models before its weights are loaded."""
+
+    described: Described
+    tokenizer: PreTrainedTokenizerBase
+    frame: Frame
+
+
+def distill(
+    student: str,
+    teacher: str | None = None,
+    recipe: str | Recipe = "laid",
+    *,
+    out: str | Path | None = None,
+    changes: Mapping[str, str] | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    teacher_revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    progress: Callable[[Report], None] = lambda _: None,
+) -> LoadedDistillation:
+    """Distil a teacher's long-range attention into a student; leaves an ordinary checkpoint.
+
+    Args:
+        student: Reference model, local folder, GGUF file or Hub id.
+        teacher: The same; may be left out where the recipe looks at none.
+        recipe: Name of a bundled recipe, path of a TOML file, or a `Recipe`.
+        out: Folder of run and checkpoint; one already there with the same settings is resumed.
+        changes: Fields of the recipe set anew: `{"training.steps": "50"}`.
+        seed: Of samples, sampled rows and mixtures.
+        revision: Of the student, a Hub id.
+        teacher_revision: Of the teacher, a Hub id.
+        dtype: Of the teacher: `auto`, `float32`, `bfloat16`, `float16`. The student trains in float32.
+        device: `auto`, `cpu`, `cuda`, `mps`.
+        trust_remote_code: Run model code that comes with a checkpoint.
+        allow_pickle: Load pickled weights too.
+        progress: Called as things go on.
+
+    Returns:
+        The run, read back. Its folder is a checkpoint that transformers, vLLM and `measure_window` load.
+
+    Raises:
+        UserError: Anything the user can mend.
+        KeyboardInterrupt: As it came; the last checkpoint is kept, the same call goes on from there.
+    """
+    plan = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    plan = changed(plan, dict(changes or {})) if changes else plan
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must lie between 0 and {2**32 - 1}, got {seed}.")
+    if plan.needs_teacher and teacher is None:
+        raise UserError(f"Recipe {plan.name!r} learns from a teacher. Name one: --teacher.")
+    if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("Several processes need one folder to share: pass --out.")
+    load_options = (trust_remote_code, allow_pickle)
+    own = _side(student, revision, "float32", device, *load_options)
+    theirs = _side(teacher, teacher_revision, dtype, device, *load_options) if teacher and plan.needs_teacher else None
+    vocabulary = shared_vocabulary(own.tokenizer, theirs.tokenizer) if theirs else 0
+    source = open_source(plan.data, own.frame, seed)
+    folder = run_folder(out, own.described.info.name, "distill")
+    run = _resumable(folder, own, theirs, plan, source, seed)
+    if run and run.status == "complete":
+        return load_distillation(folder)
+    _check_room(folder, plan, own.described)
+    progress(Report(folder, "loading models"))
+    job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress)
+    return job.carry_out(run)
+
+
+def shared_vocabulary(own: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> int:
+    """Tokens that mean the same in both, from the first.
+
+    Raises:
+        UserError: One means something else; names the first.
+    """
+    words = [{i: w for w, i in t.get_vocab().items()} for t in (own, theirs)]
+    size = min(max(side) + 1 for side in words)
+    for i in range(size):
+        if words[0].get(i) != words[1].get(i):
+            raise UserError(
+                f"The tokenizers differ: token {i} is {words[0].get(i)!r} to the student and {words[1].get(i)!r} to "
+                "the teacher. They must share a tokenizer, as models of one family do; with another teacher only the "
+                "recipe `sft` can be used."
+            )
+    return size
+
+
+@dataclass
+class _Job:
+    """One distillation under way."""
+
+    folder: Path
+    recipe: Recipe
+    seed: int
+    own: _Side
+    theirs: _Side | None
+    vocabulary: int
+    source: Source
+    progress: Callable[[Report], None]
+    window: str | None = None
+
+    def carry_out(self, run: DistillRun | None) -> LoadedDistillation:
+        """Load, train, export; the run is saved at every stage."""
+        own = load(self.own.described)
+        model = own.model
+        teacher = load(self.theirs.described).model if self.theirs else None
+        length = self.recipe.data.stretch or self.recipe.data.lengths[1]
+        turning = rotaries(model, length)
+        pairs = self._pairs(model, teacher, turning, length)
+        sharing = self._sharing(model, turning, pairs)
+        gainable(model)
+        if teacher is not None:
+            gainable(teacher)
+            teacher.requires_grad_(False)
+        sample = self.source.samples(0)
+        mixers = start_mixers(self.recipe, pairs, model, teacher, sample, self.seed) if teacher and pairs else []
+        self._prepare(model, turning, sharing, pairs)
+        if teacher is not None and self.recipe.gain and self.recipe.gain.start == "queries":
+            start_gains(model, teacher, pairs, batch_of(sample, model.device))
+        adapter = _add_adapter(model, self.recipe) if self.recipe.training.weights == "lora" else None
+        frozen = Teacher(teacher, self.vocabulary) if teacher is not None else None
+        student = Student(model, frozen, self.recipe, pairs, mixers, self.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        first = int(os.environ.get("RANK", "0")) == 0
+        run = run or self._header(own, trained(student), pairs, sharing)
+        if first:
+            save_distillation(self.folder, run)
+        started = time.perf_counter()
+        self._train(student, own, first)
+        if not first:
+            return load_distillation(self.folder)
+        self.progress(Report(self.folder, "folding and writing the checkpoint", window=self.window))
+        if adapter is not None:
+            model = adapter.merge_and_unload()
+        run = self._export(run, model, turning, sharing, sample.tokens[:_PROBE_TOKENS], time.perf_counter() - started)
+        save_distillation(self.folder, run)
+        return load_distillation(self.folder)
+
+    def _pairs(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, turning: list[Rotary | None], length: int
+    ) -> list[Pair]:
+        if teacher is None or self.theirs is None or not self.recipe.matches:
+            return []
+        frames = self.own.frame, self.theirs.frame
+        theirs = rotaries(teacher, length)
+        return choose_pairs(self.recipe.matching, model, teacher, turning, theirs, frames, self.seed)
+
+    def _sharing(self, model: PreTrainedModel, turning: list[Rotary | None], pairs: list[Pair]) -> str | None:
+        """How the gains are shared, after finding out that they will fold."""
+        if self.recipe.gain is None:
+            return None
+        layers = self._gain_layers(turning, pairs)
+        try:
+            sites = fold_sites(model, turning, layers)
+        except GainNotFoldable as error:
+            raise UserError(f"A gain can't become part of this student: {error}") from None
+        per_head = all(site.per_head for site in sites.values())
+        asked = self.recipe.gain.sharing
+        if asked == "head" and not per_head:
+            raise UserError(
+                'gain.sharing = "head" can\'t be folded into this student: its heads share a query norm. Use "layer".'
+            )
+        return "layer" if asked == "layer" or not per_head else "head"
+
+    def _gain_layers(self, turning: list[Rotary | None], pairs: list[Pair]) -> list[int]:
+        assert self.recipe.gain is not None
+        wanted = {p.student for p in pairs} if self.recipe.gain.layers == "matched" else set(range(len(turning)))
+        layers = [i for i, rotary in enumerate(turning) if rotary is not None and i in wanted]
+        if not layers:
+            raise UserError("No layer of this student rotates its queries: there is nothing to put a gain on.")
+        return layers
+
+    def _prepare(
+        self, model: PreTrainedModel, turning: list[Rotary | None], sharing: str | None, pairs: list[Pair]
+    ) -> None:
+        model.requires_grad_(self.recipe.training.weights == "all")
+        if sharing is not None:
+            layers = self._gain_layers(turning, pairs)
+            add_gains(model, {i: r for i in layers if (r := turning[i]) is not None}, sharing == "layer")
+        if self.recipe.training.checkpointing:
+            checkpoint_layers(model)
+
+    def _train(self, student: Student, own: LoadedModel, first: bool) -> None:
+        """Train; steps and windows are appended to the folder's files as they come."""
+        steps, last = self.folder / STEPS, newest_checkpoint(self.folder)
+        if first:
+            keep_steps(steps, step_of(last))
+            keep_steps(self.folder / WINDOWS, step_of(last))
+        started = time.perf_counter()
+
+        def report(step: StepReport) -> None:
+            nonlocal started
+            now = time.perf_counter()
+            append_line(steps, {"step": step.step, **step.values, "seconds": round(now - started, 3)})
+            started = now
+            self.progress(Report(self.folder, "training", step, self.window))
+
+        every = self.recipe.training.window_every
+        each = (every, lambda step: self._measure(student, own, step)) if every else None
+        train(
+            student, self.recipe, self.source.samples, self.folder, resume=last, seed=self.seed,
+            cpu=own.model.device.type == "cpu", report=report, each=each,
+        )  # fmt: skip
+
+    def _measure(self, student: Student, own: LoadedModel, step: int) -> None:
+        """A quick window of the student as it is now; random states are left as they were."""
+        length = self.recipe.training.window_length
+        training = student.training
+        student.eval()
+        try:
+            with torch.random.fork_rng():
+                reader = ModelReader(LoadedModel(student.model, own.tokenizer, own.info), length)
+                run = measure_window(
+                    reader, "needle", out=self.folder / "windows" / f"step-{step:06d}", max_length=length,
+                    budget=3 * length, seed=self.seed,
+                )  # fmt: skip
+        finally:
+            student.train(training)
+        if run.windows:
+            w = run.window()
+            found = StepWindow(step=step, text=str(w), length=w.length, low=w.low, high=w.high)
+            append_line(self.folder / WINDOWS, found.model_dump(mode="json"))
+            self.window = str(w)
+
+    def _export(
+        self,
+        run: DistillRun,
+        model: PreTrainedModel,
+        turning: list[Rotary | None],
+        sharing: str | None,
+        ids: tuple[int, ...],
+        seconds: float,
+    ) -> DistillRun:
+        model.eval()
+        gains, certificate = None, None
+        dtype = _export_type(self.own.described)
+        if sharing is not None:
+            gains = save_gains(self.folder, gains_of(model), turning)
+            try:
+                found = fold(model, turning, torch.tensor([ids], device=model.device), export_dtype=dtype)
+            except GainNotFoldable as error:
+                raise UserError(f"The gains can't be folded: {error} Training is done and kept.") from None
+            write_certificate(self.folder, found)
+            certificate = found.as_dict()
+        drop_gains(model)
+        checked = export(model, self.own.tokenizer, self.folder, dtype, ids)
+        lines = read_lines(self.folder / STEPS)
+        cost = DistillCost(
+            steps=len(lines),
+            tokens=round(sum(line["tokens"] for line in lines)) * run.processes,
+            seconds=round(sum(line["seconds"] for line in lines), 2),
+            peak_memory_bytes=peak_memory(model.device),
+        )
+        return run.model_copy(
+            update={
+                "status": "complete",
+                "losses": _last_losses(lines),
+                "gains": gains,
+                "certificate": certificate,
+                "export": checked,
+                "windows": tuple(StepWindow(**line) for line in read_lines(self.folder / WINDOWS)),
+                "cost": cost,
+            }
+        )
+
+    def _header(self, own: LoadedModel, counts: dict[str, int], pairs: list[Pair], sharing: str | None) -> DistillRun:
+        return DistillRun(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            status="partial",
+            student=own.info,
+            teacher=self.theirs.described.info if self.theirs else None,
+            recipe=self.recipe.model_dump(mode="json"),
+            recipe_hash=recipe_hash(self.recipe),
+            data=self.source.name,
+            seed=self.seed,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            trained=counts,
+            pairs=tuple((p.student, p.teacher) for p in pairs),
+            sharing=sharing,  # type: ignore[arg-type]
+            environment=environment(),
+            notes=self.source.notes,
+        )
+
+
+def _side(
+    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool
+) -> _Side:
+    source = resolve(name, revision, allow_pickle, trust_remote_code)
+    described = describe(source, dtype, device, None, trust_remote_code, allow_pickle)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a broken checkpoint makes the library raise
+        raise UserError(load_failure(source, error)) from None
+    return _Side(described, tokenizer, frame_of(tokenizer))
+
+
+def _add_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
+    """LoRA on every linear layer but the unembedding; the model is changed in place."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError('training.weights = "lora" needs peft: pip install "laid-eval[distill]".') from None
+
+    rank = recipe.training.lora_rank
+    gains = [p for gain in gains_of(model).values() for p in gain.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's own use of names that transformers is giving up
+        adapter = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    for parameter in gains:  # peft freezes all that is not its own
+        parameter.requires_grad_(True)
+    return adapter
+
+
+def _export_type(described: Described) -> torch.dtype:
+    """That of the student's own checkpoint."""
+    own = getattr(described.config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.float32
+
+
+def _last_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
+    last = lines[-max(len(lines) // 10, 1) :]
+    names = [n for n in last[-1] if n not in ("step", "seconds", "tokens", "gamma", "gradient")]
+    return {n: sum(line[n] for line in last) / len(last) for n in names if not n.startswith("rate_")}
+
+
+def _resumable(
+    folder: Path, own: _Side, theirs: _Side | None, recipe: Recipe, source: Source, seed: int
+) -> DistillRun | None:
+    """The header of an earlier run in `folder` that these settings continue, or `None` where there is none.
+
+    Raises:
+        UserError: The folder holds something else; the field is named.
+    """
+    if not (folder / HEADER).is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"'{folder}' is not empty and holds no distillation. Give --out a new folder.")
+        return None
+    earlier = load_distillation(folder).header
+    pairs = [
+        ("student", earlier.student.fingerprint, own.described.info.fingerprint),
+        ("teacher", earlier.teacher and earlier.teacher.fingerprint, theirs and theirs.described.info.fingerprint),
+        ("recipe", earlier.recipe_hash, recipe_hash(recipe)),
+        ("data", earlier.data, source.name),
+        ("seed", earlier.seed, seed),
+        ("processes", earlier.processes, int(os.environ.get("WORLD_SIZE", "1"))),
+    ]
+    for name, old, new in pairs:
+        if old != new:
+            raise UserError(
+                f"'{folder}' holds a distillation with {name} = {old!r}, asked was {new!r}. Give the same options to "
+                "resume it, or another --out."
+            )
+    return earlier
+
+
+def _check_room(folder: Path, recipe: Recipe, described: Described) -> None:
+    """Refuse before training where the checkpoints will not fit on the disk.
+
+    Raises:
+        UserError: Says what is needed and what is free.
+    """
+    weights = sum(file.stat().st_size for file in described.source.folder.glob("model*.safetensors"))
+    # Two checkpoints with weights and both moments of AdamW, one being written, and the exported model.
+    needed = weights * (1 + (3 * 3 if recipe.training.weights == "all" else 0)) + 2**26
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"--out '{folder}' has {free / 2**30:.1f} GiB free; checkpoints and export take about "
+            f"{needed / 2**30:.1f} GiB. Make room or choose another folder."
+        )

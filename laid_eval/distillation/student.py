@@ -1,0 +1,266 @@
+"""Student, gains and mixtures as one module whose forward pass is the loss.
+
+One module owns all that trains, so optimiser, checkpoints, DDP and FSDP see all of it, and gradients are synchronised
+because the wrapper's own forward is called. The teacher is held outside the module tree: it is in no checkpoint, no
+optimiser, and never in training mode.
+
+Every term is a mean within each text, then over the texts of the batch: a step's gradient does not depend on how its
+texts are spread over processes and forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from laid_eval.core import (
+    HeadMixer,
+    Heads,
+    View,
+    distance_weight,
+    index_distance,
+    label_loss,
+    octave_matching,
+    qk_alignment,
+    rope_distance,
+    sample_rows,
+    seen_keys,
+    shared_vocab_kl,
+    sink_keys,
+)
+from laid_eval.distillation.recipe import Matching, Recipe
+from laid_eval.models.gained import Tapped, tapped
+from laid_eval.models.unembedding import check_unembedding, unembedding_of
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model to learn from."""
+
+    model: PreTrainedModel
+    vocabulary: int
+    """Tokens it shares with the student, from the first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Layers that are matched, and which of their heads."""
+
+    student: int
+    teacher: int
+    student_heads: Tensor
+    """(Hs,) indices."""
+    teacher_heads: Tensor
+    """(Ht,)"""
+    student_frequencies: Tensor
+    """(P,) rad/token."""
+    teacher_frequencies: Tensor
+
+    @property
+    def name(self) -> str:
+        """For logs and checkpoints."""
+        return f"{self.student}-{self.teacher}"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Texts of one forward pass, padded on the right."""
+
+    input_ids: Tensor
+    """(B, N)"""
+    attention_mask: Tensor
+    """(B, N); 0 is padding."""
+    position_ids: Tensor
+    """(B, N)"""
+    labels: Tensor
+    """(B, N); -100 where a token is none."""
+    numbers: Tensor
+    """(B,) of the samples."""
+
+
+class Student(nn.Module):
+    """The student with all that trains beside it; calling it gives the loss and its terms."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: Teacher | None,
+        recipe: Recipe,
+        pairs: Sequence[Pair],
+        mixers: Sequence[HeadMixer | None],
+        seed: int,
+    ) -> None:
+        """Put together.
+
+        Args:
+            model: Causal language model, made `gainable`, with its gains and adapters.
+            teacher: `None` where no term looks at one.
+            recipe: What is minimised.
+            pairs: Layers to match.
+            mixers: One a pair; `None` matches head to head.
+            seed: Of the rows that are looked at.
+        """
+        super().__init__()
+        self.model = model
+        self.mixers = nn.ModuleDict({p.name: m for p, m in zip(pairs, mixers, strict=True) if m is not None})
+        self.recipe = recipe
+        self.pairs = tuple(pairs)
+        self.seed = seed
+        self._outside = (teacher,)  # in a tuple: no submodule
+        for each in (model, *([teacher.model] if teacher else [])):
+            check_unembedding(each)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        numbers: Tensor,
+        step: int = 0,
+    ) -> dict[str, Any]:
+        """`loss` (scalar, to be minimised) and `terms` (name to float, unweighted, nats)."""
+        batch = Batch(input_ids, attention_mask, position_ids, labels, numbers)
+        recipe, losses = self.recipe, self.recipe.losses
+        (teacher,) = self._outside
+        hidden, own = read(self.model, batch, [p.student for p in self.pairs])
+        if teacher is not None:
+            with torch.no_grad():
+                teacher.model.eval()
+                their_hidden, theirs = read(teacher.model, batch, [p.teacher for p in self.pairs])
+        unembedding = unembedding_of(self.model)
+        gamma = distance_weight(
+            step, recipe.training.steps, maximum=recipe.matching.gamma,
+            start=recipe.matching.ramp[0], end=recipe.matching.ramp[1],
+        )  # fmt: skip
+        terms: dict[str, list[Tensor]] = {}
+        for text in range(len(input_ids)):
+            rows = torch.nonzero(labels[text, 1:] != -100).flatten()
+            if losses.sft:
+                loss = label_loss(hidden[text], unembedding, rows, labels[text, 1:][rows])
+                terms.setdefault("sft", []).append(loss)
+            if losses.kl and teacher:
+                terms.setdefault("kl", []).append(
+                    shared_vocab_kl(
+                        hidden[text], unembedding, their_hidden[text], unembedding_of(teacher.model), rows,
+                        vocabulary=teacher.vocabulary, temperature=losses.temperature,
+                    )
+                )  # fmt: skip
+            for pair in self.pairs:
+                for name, term in self._matched(pair, own, theirs, batch, text, rows, gamma, step).items():
+                    terms.setdefault(name, []).append(term)
+        for mixer in self.mixers.values():
+            assert isinstance(mixer, HeadMixer)
+            terms.setdefault("coverage", []).append(mixer.coverage())
+            terms.setdefault("entropy", []).append(mixer.entropy())
+        means = {name: torch.stack(values).mean() for name, values in terms.items()}
+        total = sum((getattr(losses, name) * mean for name, mean in means.items()), hidden.sum() * 0.0)
+        return {"loss": total, "terms": {name: float(mean.detach()) for name, mean in means.items()} | {"gamma": gamma}}
+
+    def effective_heads(self) -> dict[str, float]:
+        """Teacher heads that serve, by pair of layers."""
+        return {name: m.effective_heads() for name, m in self.mixers.items() if isinstance(m, HeadMixer)}
+
+    def _matched(
+        self,
+        pair: Pair,
+        own: dict[int, Tapped],
+        theirs: dict[int, Tapped],
+        batch: Batch,
+        text: int,
+        answers: Tensor,
+        gamma: float,
+        step: int,
+    ) -> dict[str, Tensor]:
+        """Terms that compare one pair of layers on one text."""
+        losses, how = self.recipe.losses, self.recipe.matching
+        mixture = self._mixture(pair)
+        size = int(batch.attention_mask[text].sum())
+        out = {}
+        if losses.attention:
+            index, weight = rows_to_match(how, size, answers, self.seed, step, int(batch.numbers[text]))
+            view = view_of(how, batch, text, index, size)
+            student = some_heads(own[pair.student].heads(text, index), pair.student_heads, size)
+            teacher = some_heads(theirs[pair.teacher].heads(text, index), pair.teacher_heads, size)
+            matched = octave_matching(
+                student, teacher, mixture, view, gamma=gamma, kappa=how.kappa, rho=how.rho, weights=weight
+            )
+            out["attention"] = matched.loss
+        if losses.qk:
+            every = torch.arange(size, device=batch.labels.device)
+            out["qk"] = qk_alignment(
+                some_heads(own[pair.student].heads(text, every), pair.student_heads, size),
+                some_heads(theirs[pair.teacher].heads(text, every), pair.teacher_heads, size),
+                mixture,
+                student_frequencies=pair.student_frequencies,
+                teacher_frequencies=pair.teacher_frequencies,
+            ).loss
+        return out
+
+    def _mixture(self, pair: Pair) -> Tensor:
+        if pair.name in self.mixers:
+            mixture: Tensor = self.mixers[pair.name]()
+            return mixture
+        return torch.eye(len(pair.student_heads), device=pair.student_heads.device)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Computes layers again in the backward pass, in the way that hands gradients to what is tapped.
+
+    The reentrant way, without saying so, does not.
+    """
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def rows_to_match(
+    how: Matching, size: int, answers: Tensor, seed: int, step: int, number: int
+) -> tuple[Tensor, Tensor | None]:
+    """Rows (R,) whose attention is compared in a text of `size` tokens, and the rows that each stands for."""
+    if how.rows == "answers":
+        return answers, None
+    candidates = torch.arange(1, size, device=answers.device)
+    rows = sample_rows(
+        candidates, min(how.sample, len(candidates)), seed=seed, step=step, example=number, always=answers
+    )
+    return rows.index, rows.weight
+
+
+def view_of(how: Matching, batch: Batch, text: int, rows: Tensor, size: int) -> View:
+    """What the rows see: all real tokens up to themselves, at the distance that the recipe counts."""
+    documents = torch.zeros(size, dtype=torch.long, device=rows.device)
+    if how.distance == "rope":
+        distance = rope_distance(rows, batch.position_ids[text, :size])
+    else:
+        distance = index_distance(rows, size)
+    return View(seen_keys(rows, documents), distance, sink_keys(documents, how.sinks))
+
+
+def some_heads(heads: Heads, chosen: Tensor, size: int) -> Heads:
+    """Some query heads with the keys they look at, without the padding."""
+    key = heads.key[:, :size]
+    if len(chosen) == len(heads.query):
+        return Heads(heads.query, key, heads.scale, heads.softcap)
+    group = len(heads.query) // len(heads.key)
+    return Heads(heads.query[chosen], key[chosen // group], heads.scale, heads.softcap)
+
+
+def read(model: PreTrainedModel, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tapped]]:
+    """(B, N, E) last hidden states, and the queries and keys of some layers.
+
+    The mask is given whether or not there is padding: without one, transformers takes gaps in the positions for the
+    borders of packed texts, and cuts attention there.
+    """
+    with tapped(model, layers) as seen:
+        out = model.get_decoder()(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+    return out.last_hidden_state, dict(seen)

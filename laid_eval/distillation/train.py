@@ -1,0 +1,326 @@
+"""The training loop: transformers' Trainer around the student module, checkpoints that resume bit for bit.
+
+A checkpoint holds what trains (weights or adapter, gains, mixtures), the optimiser, the schedule and all random
+states; samples and sampled rows are functions of step and number. Frozen weights come from the student's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from laid_eval.distillation.recipe import Recipe
+from laid_eval.distillation.samples import Samples
+from laid_eval.distillation.student import Batch, Student
+from laid_eval.errors import UserError
+from laid_eval.models.gained import GAIN
+
+WEIGHTS = "model.safetensors"  # the name Trainer looks for
+_LOWER = 'Lower the rates in [training], or try precision = "float32".'
+_GAIN_EPSILON = 1e-5  # gradients of a log gain that matters are a hundred times this
+DONE = "complete"  # marks a checkpoint that was written to its end
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of the optimiser."""
+
+    step: int
+    steps: int
+    values: dict[str, float]
+    """`loss`, terms, `learning_rate`, `effective_heads` of the first pair, `tokens`."""
+
+
+class Numbered(Dataset[dict[str, Any]]):
+    """Samples 0, 1, ... up to what the run needs."""
+
+    def __init__(self, samples: Samples, size: int) -> None:
+        """`size` samples."""
+        self._samples, self._size = samples, size
+
+    def __len__(self) -> int:
+        """All steps' samples."""
+        return self._size
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One text, unpadded."""
+        sample = self._samples(number)
+        labels = torch.full((len(sample.tokens),), -100)
+        at = torch.tensor(sample.labels, dtype=torch.long)
+        ids = torch.tensor(sample.tokens)
+        labels[at] = ids[at]
+        return {"ids": ids, "labels": labels, "positions": torch.as_tensor(sample.positions), "number": number}
+
+
+def padded(texts: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch: texts padded on the right, at positions that go on."""
+    longest = max(len(text["ids"]) for text in texts)
+
+    def line(text: dict[str, Any], name: str, fill: int) -> Tensor:
+        return nn.functional.pad(text[name], (0, longest - len(text[name])), value=fill)
+
+    batch = Batch(
+        input_ids=torch.stack([line(t, "ids", 0) for t in texts]),
+        attention_mask=torch.stack([line({"x": torch.ones_like(t["ids"])}, "x", 0) for t in texts]),
+        position_ids=torch.stack([line(t, "positions", 0) for t in texts]),
+        labels=torch.stack([line(t, "labels", -100) for t in texts]),
+        numbers=torch.tensor([t["number"] for t in texts]),
+    )
+    return dict(vars(batch))
+
+
+class LaidTrainer(Trainer):
+    """Trainer that takes the loss from the module, three kinds of parameters, and checkpoints of what trains."""
+
+    recipe: Recipe
+
+    def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
+        """As Trainer, with the recipe."""
+        self.recipe = recipe
+        self.sums: dict[str, list[float]] = {}
+        self.rates: dict[str, float] = {}  # of the step under way: when it is logged, the next one's are set
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The module's loss; its terms are kept for the log."""
+        out = model(**inputs, step=self.state.global_step)
+        if not math.isfinite(float(out["loss"].detach())):
+            terms = ", ".join(f"{name} {value:.3g}" for name, value in out["terms"].items())
+            raise UserError(f"The loss is not finite at step {self.state.global_step + 1} ({terms}). {_LOWER}")
+        for name, value in out["terms"].items():
+            self.sums.setdefault(name, []).append(value)
+        if self.optimizer is not None:
+            self.rates = {f"rate_{group['kind']}": float(group["lr"]) for group in self.optimizer.param_groups}
+        self.sums.setdefault("tokens", []).append(float(inputs["attention_mask"].sum()))
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a rate each for weights, mixtures and gains; the last two without decay."""
+        if self.optimizer is None:
+            rates = self.recipe.training
+            groups: dict[str, list[nn.Parameter]] = {"weights": [], "mixtures": [], "gains": []}
+            for name, parameter in _of(model or self.model):
+                if parameter.requires_grad:
+                    groups[kind_of(name)].append(parameter)
+            settings = {
+                "weights": {"lr": rates.learning_rate, "weight_decay": rates.weight_decay},
+                "mixtures": {"lr": rates.mixture_rate, "weight_decay": 0.0},
+                # Adam gives every factor steps of one size; this keeps those that change nothing where they are
+                "gains": {"lr": rates.gain_rate, "weight_decay": 0.0, "eps": _GAIN_EPSILON},
+            }
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": parameters, "kind": kind, **settings[kind]}
+                    for kind, parameters in groups.items()
+                    if parameters
+                ]
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # order is the samples' own affair
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {n: p.detach().cpu().contiguous() for n, p in _of(self.model) if p.requires_grad}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        own = {n: p for n, p in _of(model or self.model) if p.requires_grad}
+        if set(own) != set(tensors) or any(own[n].shape != t.shape for n, t in tensors.items()):
+            raise UserError(f"Checkpoint '{resume_from_checkpoint}' is of another student or recipe.")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+
+class _Log(TrainerCallback):
+    """Hands every step on, with the means of the terms; marks checkpoints that are whole."""
+
+    def __init__(self, trainer: LaidTrainer, report: Callable[[StepReport], None]) -> None:
+        self._trainer, self._report = trainer, report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        sums = self._trainer.sums
+        if not logs or "loss" not in logs or not sums:
+            return
+        tokens = sum(sums.pop("tokens"))
+        values = {"loss": float(logs["loss"])} | {name: sum(x) / len(x) for name, x in sums.items()}
+        values |= {"tokens": tokens, "gradient": float(logs.get("grad_norm", 0.0))}
+        if not math.isfinite(values["gradient"]):
+            raise UserError(f"The gradient is not finite at step {state.global_step}. {_LOWER}")
+        values |= self._trainer.rates
+        student = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        for name, heads in student.effective_heads().items():
+            values[f"effective_heads_{name}"] = heads
+        sums.clear()
+        logs.update({k: v for k, v in values.items() if k not in logs})  # TensorBoard shows them too
+        self._report(StepReport(state.global_step, state.max_steps, values))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / DONE).touch()
+
+
+class _EachStep(TrainerCallback):
+    """Calls something after every so many steps, on the first process."""
+
+    def __init__(self, every: int, call: Callable[[int], None]) -> None:
+        self._every, self._call = every, call
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and (state.global_step % self._every == 0):
+            self._call(state.global_step)
+
+
+def _of(module: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+    """Parameters by name, tied ones once."""
+    return [] if module is None else list(module.named_parameters())
+
+
+def kind_of(name: str) -> str:
+    """Which rate a parameter has: `gains`, `mixtures` or `weights`.
+
+    >>> kind_of("model.model.layers.0.self_attn.rope_gain.parameter"), kind_of("mixers.0-0.logits")
+    ('gains', 'mixtures')
+    """
+    if f".{GAIN}." in name:
+        return "gains"
+    return "mixtures" if "mixers." in name else "weights"
+
+
+def trained(student: Student) -> dict[str, int]:
+    """How many parameters train, by kind."""
+    counts = {"weights": 0, "gains": 0, "mixtures": 0}
+    for name, parameter in student.named_parameters():
+        counts[kind_of(name)] += parameter.numel() if parameter.requires_grad else 0
+    return counts
+
+
+def arguments(recipe: Recipe, folder: Path, seed: int, cpu: bool) -> TrainingArguments:
+    """Trainer's settings for a recipe."""
+    t = recipe.training
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=t.steps,
+        per_device_train_batch_size=t.batch,
+        gradient_accumulation_steps=t.accumulation,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.schedule,
+        warmup_steps=round(t.warmup * t.steps),
+        max_grad_norm=t.clip,
+        bf16=t.precision == "bfloat16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=t.save_every,
+        save_total_limit=2,
+        seed=seed,
+        report_to=["tensorboard"],
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and several else None,
+        # where no term reaches the last layers, they have no gradient
+        ddp_find_unused_parameters=several and recipe.losses.sft == 0 and recipe.losses.kl == 0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+
+def train(
+    student: Student,
+    recipe: Recipe,
+    samples: Samples,
+    folder: Path,
+    *,
+    resume: Path | None,
+    seed: int,
+    cpu: bool,
+    report: Callable[[StepReport], None],
+    each: tuple[int, Callable[[int], None]] | None = None,
+) -> None:
+    """Train to the end.
+
+    Args:
+        student: The module; changed in place.
+        recipe: Of the run.
+        samples: What is read.
+        folder: Gets `checkpoints` and `tensorboard`.
+        resume: Checkpoint to go on from, as `newest_checkpoint` finds it.
+        seed: Of all that is random in training.
+        cpu: Stay on the CPU.
+        report: Called after every step, on the first process.
+        each: (K, call): `call(step)` after every K steps, on the first process.
+
+    Raises:
+        UserError: A loss that is not finite, no room on the disk.
+    """
+    args = arguments(recipe, folder, seed, cpu)
+    texts = recipe.training.steps * recipe.training.batch * recipe.training.accumulation * args.world_size
+    trainer = LaidTrainer(
+        model=student, args=args, train_dataset=Numbered(samples, texts), data_collator=padded, recipe=recipe
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints on stdout
+    if args.process_index == 0:
+        trainer.callback_handler.callbacks.insert(0, _Log(trainer, report))  # before TensorBoard's, which shows it
+    if each:
+        trainer.add_callback(_EachStep(*each))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except OSError as error:
+        raise UserError(
+            f"Training stopped at step {trainer.state.global_step}: {error.strerror or error}. Make room at "
+            f"'{folder}' and give the same command again: it goes on from the last whole checkpoint."
+        ) from None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    whole = [p.parent for p in (folder / "checkpoints").glob(f"checkpoint-*/{DONE}")]
+    newest = max(whole, key=step_of, default=None)
+    if newest is not None:
+        _check_readable(newest)
+    return newest
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Steps taken up to a checkpoint; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+
+
+def _check_readable(checkpoint: Path) -> None:
+    try:
+        load_file(checkpoint / WEIGHTS)
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(checkpoint / name, weights_only=True, map_location="cpu")
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise UserError(
+            f"Checkpoint '{checkpoint}' is damaged ({type(error).__name__}). Nothing was changed: remove that folder, "
+            "and the same command goes on from the one before it, or from the start."
+        ) from None
