@@ -167,7 +167,7 @@ def _scaled(tensor: Tensor, factor: Tensor, site: FoldSite) -> Tensor:
     new = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     rows = site.rows.flatten().to(tensor.device)
     by_row = factor.to(new).flatten().reshape(-1, *[1] * (tensor.ndim - 1))
-    new[rows] = (new[rows] + site.offset) * by_row - site.offset
+    new[rows] = new[rows] * by_row + site.offset * (by_row - 1)  # exact where the gain is 1
     return new
 
 

@@ -133,7 +133,9 @@ def tapped(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, 
 
 
 def _channels(module: nn.Module, config: Any) -> int:
-    size = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+    # DeepSeek's head_dim is that of the part that turns alone.
+    size = next((s for s in (getattr(module, n, None) for n in ("qk_head_dim", "head_dim")) if s), None)
+    size = size or getattr(config, "head_dim", None)
     return int(size or config.hidden_size // config.num_attention_heads)
 
 
