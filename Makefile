@@ -4,13 +4,14 @@ BIN := .venv/bin
 RUN ?= runs/smollm2
 READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install window test lint self-check bench-speed clean
+.PHONY: help install window test lint self-check bench-speed study-planted-gain clean
 
 help:
 	@echo "make window      measure the context window of SmolLM2-135M (about 7 minutes on two cores)"
 	@echo "make test        lint, types and tests, the real model included"
 	@echo "make self-check  measure readers with known windows, 300 runs of each kind"
-	@echo "make bench-speed one prefill for many questions against one prompt per question"
+	@echo "make bench-speed what the window, spectra and distillation cost, side by side with the usual ways"
+	@echo "make study-planted-gain  a window taken away on purpose, and given back by distillation (about half an hour)"
 
 install: $(READY)
 
@@ -37,6 +38,11 @@ self-check: install
 
 bench-speed: install
 	$(BIN)/python benchmarks/speed/window_cost.py
+	$(BIN)/python benchmarks/speed/spectrum_cost.py
+	$(BIN)/python benchmarks/speed/distill_cost.py
+
+study-planted-gain: install
+	$(BIN)/python reports/planted-gain/study.py
 
 clean:
 	rm -rf .venv runs

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from laid_eval.core import Heads, View, distance_weight, index_distance, octave_matching, seen_keys, sink_keys
-from laid_eval.models.gained import gainable, tapped
+from laid_eval.models.capture import Call, capture
 
 NEAR, FAR = range(1, 5), range(7, 10)  # octaves: distances up to 14 tokens; from 63 tokens
 LOSSES = {
@@ -39,11 +39,15 @@ class Outcome:
 
 def layer_heads(model: PreTrainedModel, ids: Sequence[int], layer: int) -> Heads:
     """All queries and keys of one layer on a text."""
-    gainable(model)
-    with torch.no_grad(), tapped(model, [layer]) as seen:
+    found = []
+
+    def keep(call: Call) -> None:
+        if call.layer == layer:
+            found.append(Heads(call.query[0].clone(), call.key[0].clone(), call.scale))
+
+    with torch.no_grad(), capture(model, keep):
         model.get_decoder()(torch.tensor([list(ids)]), use_cache=False)
-    t = seen[layer]
-    return Heads(t.query[0].clone(), t.key[0].clone(), t.scale)
+    return found[0]
 
 
 def view_of(rows: torch.Tensor, keys: int) -> View:

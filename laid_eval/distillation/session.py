@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ def distill(
         raise UserError(f"Recipe {plan.name!r} learns from a teacher. Name one: --teacher.")
     if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("Several processes need one folder to share: pass --out.")
+    if not find_spec("tensorboard"):
+        raise UserError('Training needs what `pip install "laid-eval[distill]"` brings: tensorboard and peft.')
     load_options = (trust_remote_code, allow_pickle)
     own = _side(student, revision, "float32", device, *load_options)
     theirs = _side(teacher, teacher_revision, dtype, device, *load_options) if teacher and plan.needs_teacher else None
@@ -366,10 +369,7 @@ def _side(
 
 def _add_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
     """LoRA on every linear layer but the unembedding; the model is changed in place."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError('training.weights = "lora" needs peft: pip install "laid-eval[distill]".') from None
+    from peft import LoraConfig, get_peft_model
 
     rank = recipe.training.lora_rank
     gains = [p for gain in gains_of(model).values() for p in gain.parameters()]

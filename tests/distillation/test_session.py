@@ -199,6 +199,19 @@ def test_an_adapter_is_merged(models, quick, tmp_path):
     assert not any("embed_tokens" in n for n in saved)
 
 
+def test_half_precision_trains_and_keeps_what_trains_in_float32(models, quick, tmp_path):
+    done = run(models, tmp_path / "run", quick, changes={**FULL, "training.precision": "bfloat16"})
+    assert done.header.certificate["passed"]
+    saved = load_file(done.path / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+
+
+def test_without_its_extra_the_command_says_what_to_install(models, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install .laid-eval\[distill\]"):
+        run(models, tmp_path / "run", quick, "sft")
+
+
 def test_a_student_that_shares_a_norm_gets_shared_gains(models, quick, tmp_path):
     done = run(models, tmp_path / "run", quick, changes={**FULL, "gain.sharing": "auto"}, student="qwen3")
     assert done.header.sharing == "layer"
