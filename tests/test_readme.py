@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 import laid_eval
+from laid_eval.cli.distill import show_distillation
 from laid_eval.cli.spectrum import show_spectrum
 from laid_eval.cli.why import show_why
 from laid_eval.cli.window import show_window
+from laid_eval.distillation.recipe import recipe_names
 from laid_eval.runs import load_why_trials, why_table
 from laid_eval.spectra import load_spectrum
 from laid_eval.window.probes import load_probe, probe_names
@@ -26,6 +28,7 @@ README = (ROOT / "README.md").read_text()
 SHORT = ["--max-length", "1200", "--budget", "1200"]
 SHORT_ALL = ["--max-length", "2300", "--budget", "2300"]  # `aggregate` starts at 1,024 tokens
 
+SHORT_DISTILL = ["--set", "training.steps=1", "--set", "training.accumulation=1", "--set", "data.lengths=[150,200]"]
 SHORT_WHY = ["--why-haystacks", "2", "--why-questions", "4"]
 
 
@@ -33,7 +36,7 @@ def block(mark, language):
     return re.search(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, re.S).group(1)
 
 
-MARKS = ("tested", "tested: why", "tested: spectrum")
+MARKS = ("tested", "tested: why", "tested: spectrum", "tested: distill")
 COMMANDS = [line.split("#")[0].strip() for mark in MARKS for line in block(mark, "bash").splitlines()]
 
 
@@ -44,6 +47,8 @@ def test_every_command_runs(command, tmp_path, command_line):
     assert program == ".venv/bin/laid-eval"
     if words[0] == "window":
         words += [*(SHORT_ALL if "all" in words else SHORT), *(SHORT_WHY if "--why" in words else [])]
+    if words[0] == "distill":
+        words += SHORT_DISTILL
     if words[0] == "spectrum":
         words += ["--length", "256", "--texts", "1"]
     done = command_line(*words, cwd=tmp_path)
@@ -85,6 +90,23 @@ def test_the_spectrum_is_that_of_the_run_it_shows():
     tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("run:")]
     given = [line.rstrip() for line in shown.splitlines() if not line.startswith("run:")]
     assert given == tidy
+
+
+def test_the_distillation_is_that_of_the_run_it_shows():
+    run = laid_eval.load_distillation(ROOT / "reports" / "planted-gain" / "run")
+    assert run.header.status == "complete"
+    assert run.header.certificate["passed"]
+    out = io.StringIO()
+    show_distillation(run, Console(file=out, width=110, highlight=False), ["losses.png", "rope-gain.png"])
+    shown = block("run: reports/planted-gain/run", "console").split("\n", 1)[1]
+    tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("checkpoint and run:")]
+    given = [line.rstrip() for line in shown.splitlines() if not line.startswith("checkpoint and run:")]
+    assert given == tidy
+
+
+def test_recipes_of_the_readme_are_complete():
+    for name in recipe_names():
+        assert f"| `{name}` |" in README
 
 
 def test_why_the_window_ends_is_said_by_the_run_it_shows():

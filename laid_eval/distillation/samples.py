@@ -19,12 +19,14 @@ from laid_eval.distillation.prose import check_disjoint, evaluation_facts, train
 from laid_eval.distillation.recipe import Data
 from laid_eval.distillation.stretch import stretched
 from laid_eval.errors import UserError
-from laid_eval.models.frame import Frame
+from laid_eval.models.frame import Branch, Frame
 from laid_eval.resources import bundled
 from laid_eval.window.haystack import Corpus, build
 from laid_eval.window.probes import Probe, load_probe, probe_names
-from laid_eval.window.questions import draw_story
+from laid_eval.window.questions import Question, draw_story
 
+_LEAST_TEXT = 64  # tokens of haystack, however long the questions are
+_ATTEMPTS, _APART = 10, 10**9  # texts tried in place of one without a question, and their numbers' distance
 _TOKENS_A_FACT = 48  # at most one fact in so many tokens, or there is no haystack
 _MARK, _NEXT = "@@FIRST@@", "@@NEXT@@"
 
@@ -224,6 +226,10 @@ def _asked(probe: Probe, corpus: Corpus, frame: Frame, data: Data, seed: int) ->
     encode = lru_cache(maxsize=100_000)(frame.continuation)
     between = _between(frame)
 
+    def branch_of(question: Question, later: bool) -> Branch:
+        told = between if later else ""
+        return frame.branch(question.prompt, question.lead, question.choices, told=told)
+
     def draw(number: int) -> Sample:
         rng = np.random.default_rng([seed, 23, number])
         length = _length(data, rng)
@@ -234,23 +240,39 @@ def _asked(probe: Probe, corpus: Corpus, frame: Frame, data: Data, seed: int) ->
         places = [i for i, statement in enumerate(story.statements) if statement.group in kept]
         # All of them "first": spread evenly over the whole text.
         planted = [replace(story.statements[i], first=True) for i in places]
-        asked = [q for q in story.questions(places, rng) if q.needle is not None]
-        chosen = [asked[int(i)] for i in rng.permutation(len(asked))[: data.questions]]
-        turns = []
-        for turn, question in enumerate(chosen):
-            branch = frame.branch(question.prompt, question.lead, question.choices, told=between if turn else "")
-            turns.append((branch.stem, branch.endings[question.answer]))
-        room = len(opening) + sum(len(stem) + len(ending) for stem, ending in turns)
-        text = build(corpus, planted, [max(length - room, 64)], encode, rng)
+        room = len(opening)
+        turns: list[Question] = []
+        asked = story.questions(places, rng)
+        for i in rng.permutation(len(asked))[: data.questions]:
+            question = asked[int(i)]
+            room += branch_of(question, bool(turns)).longest
+            if turns and room > length / 2:
+                break  # the questions would leave no haystack
+            turns.append(question)
+        text = build(corpus, planted, [max(length - room, _LEAST_TEXT)], encode, rng)
+        # what found no room in the text can't be asked
+        stated = {q.item for q in story.questions([places[i] for i in text.read(len(text.tokens))], rng)}
         tokens = [*opening, *text.tokens]
         labels: list[int] = []
-        for stem, ending in turns:
-            tokens += stem
+        for question in (q for q in turns if q.item in stated):
+            branch = branch_of(question, bool(labels))
+            ending = branch.endings[question.answer]
+            tokens += branch.stem
             labels += range(len(tokens), len(tokens) + len(ending))
             tokens += ending
         return Sample(f"{probe.name}/{number}", tuple(tokens), tuple(labels), np.arange(len(tokens)))
 
-    return draw
+    def with_labels(number: int) -> Sample:
+        for attempt in range(_ATTEMPTS):
+            sample = draw(number + attempt * _APART)
+            if sample.labels:
+                return sample
+        raise UserError(
+            f"Texts of {data.lengths[0]:,} tokens have no room for the facts of probe {probe.name!r}. Set data.lengths "
+            "higher."
+        )
+
+    return with_labels
 
 
 def _between(frame: Frame) -> str:

@@ -39,6 +39,16 @@ def test_labels_are_the_answers_and_the_text_states_them(frame, tokenizer):
             assert f" {answer}" in tokenizer.decode(sample.tokens[: run[0]])
 
 
+@pytest.mark.parametrize("length", [60, 100, 150])
+def test_short_texts_ask_only_what_they_state(frame, tokenizer, length):
+    source = open_source(Data(source="facts", lengths=(length, length), questions=8), frame, 0)
+    for number in range(30):
+        sample = source.samples(number)
+        first = sample.labels[0]
+        answer = tokenizer.decode([sample.tokens[first]])
+        assert answer in tokenizer.decode(sample.tokens[:first])
+
+
 def test_every_depth_is_planted(frame, tokenizer):
     source = open_source(Data(source="facts", lengths=(1200, 1200)), frame, 0)
     depths = []
