@@ -99,7 +99,7 @@ class LoadedDistillation:
     log_gain: NDArray[np.float64] | None
     """(layers with gains, H or 1, P) natural logarithms; `None` without."""
     wavelength: NDArray[np.float64] | None
-    """(P,) tokens per turn of each pair."""
+    """(layers with gains, P) tokens per turn of each pair."""
 
 
 def save_distillation(folder: Path, run: DistillRun) -> None:

@@ -95,7 +95,7 @@ def step(tokens: int, recipe: str) -> float:
     turning = rotaries(own.model, tokens)
     pairs = []
     if plan.matches:
-        pairs = choose_pairs(plan.matching, own.model, theirs.model, turning, turning, (frame, frame), 0)
+        pairs = choose_pairs(plan, own.model, theirs.model, turning, turning, (frame, frame), 0)
     for model in (own.model, theirs.model):
         gainable(model)
     theirs.model.requires_grad_(False)

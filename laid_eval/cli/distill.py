@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ def distill(
             )
         except KeyboardInterrupt:
             step.interrupted()
-    if run.header.status != "complete":
+    if int(os.environ.get("RANK", "0")):
         return  # one of several processes: the first writes and tells
     figures = save_distillation_figures(run)
     if as_json:
@@ -126,7 +127,10 @@ def _live() -> Iterator[Steps[Report]]:
         if report.step is None:
             bar.update(task, description=report.doing, values=window)
             return
-        shown = [f"{n} {v:.3f}" for n, v in report.step.values.items() if n in _TERMS]
+        values = report.step.values
+        shown = [f"{n} {v:.3f}" for n, v in values.items() if n in _TERMS]
+        serving = [v for n, v in values.items() if n.startswith("effective_heads")]
+        shown += [f"teacher heads {sum(serving) / len(serving):.1f}"] if serving else []
         bar.update(
             task, total=report.step.steps, completed=report.step.step,
             description=f"step {report.step.step}/{report.step.steps}", values="  ".join([*shown, window]),
@@ -185,7 +189,7 @@ def show_distillation(run: LoadedDistillation, console: Console, files: list[str
 def _terms_table(run: LoadedDistillation) -> Table:
     """First and last values of the loss and its terms, and of the effective teacher heads."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("nats")
+    table.add_column("nats (heads: how many of the teacher's serve)")
     table.add_column("first step", justify="right")
     table.add_column("last tenth", justify="right")
     for name, last in (run.header.losses or {}).items():

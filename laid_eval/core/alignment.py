@@ -28,7 +28,8 @@ class Alignment:
     loss: Tensor
     """Scalar: queries plus keys, to be minimised."""
     constant: Tensor
-    """Scalar: the mean square of what heads that share a key want differently; not in `loss`, for logs."""
+    """Scalar: the part of `loss` that no student key can mend, the mean square of what heads that share a key want
+    differently. Only the mixture moves it; for logs."""
 
 
 def qk_alignment(
@@ -41,8 +42,8 @@ def qk_alignment(
 ) -> Alignment:
     """Mean squared distance of queries and keys from the mixture of the teacher's, in float32 (float64 stays).
 
-    With keys repeated to query heads (grouped-query attention) the paper's loss is this one plus `constant`: a
-    shared key can only reach the mean of what its heads want. That constant does not depend on the student.
+    Keys are repeated to query heads (grouped-query attention), as in the paper: a shared key can only reach the mean
+    of what its heads want. What is left is `constant`, computed without a target per student head.
 
     Args:
         student: Its queries (Hs, R, D) and keys (Gs, N, D), after the rotation.
@@ -72,12 +73,11 @@ def qk_alignment(
         keys = student.key - torch.einsum("gh,hnd->gnd", shared, teacher.key)
 
         # |sum_h (w - w') K_h|^2 from the products of teacher keys: (Gt, Gt), no target per student head
-        with torch.no_grad():
-            flat = teacher.key.flatten(1)
-            products = flat @ flat.T / flat.shape[1]
-            apart = (grouped - shared[:, None]).flatten(0, 1)
-            constant = ((apart @ products) * apart).sum(dim=1).mean()
-    return Alignment(queries.square().mean() + keys.square().mean(), constant)
+        flat = teacher.key.flatten(1)
+        products = flat @ flat.T / flat.shape[1]
+        apart = (grouped - shared[:, None]).flatten(0, 1)
+        constant = ((apart @ products) * apart).sum(dim=1).mean()
+    return Alignment(queries.square().mean() + keys.square().mean() + constant, constant.detach())
 
 
 def _check(student: Heads, teacher: Heads, mixture: Tensor, own: Tensor, other: Tensor) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from laid_eval.core.heads import Heads
+from laid_eval.core.heads import Heads, wide
 from laid_eval.core.view import View
 
 TINY = 1e-30  # below this a sum of probabilities has underflowed; float32 still holds it
@@ -89,6 +89,10 @@ def octave_matching(
     [0.0, 0.36]
     """
     _check(student, teacher, mixture, view, weights, kappa, octaves)
+    if not len(view.seen):
+        nothing = wide(student.query).sum()  # joins the graph: other processes wait for it
+        empty = nothing.detach().new_zeros(octaves + 1)
+        return Matched(nothing, nothing.detach(), empty, empty.long())
     student, teacher = student.widened(), teacher.detached().widened()
     parts = []
     # Trainers run losses under autocast, which would take these products in half precision.

@@ -34,11 +34,9 @@ def start_gains(student: PreTrainedModel, teacher: PreTrainedModel, pairs: Seque
         batch: The texts; without padding.
 
     Raises:
-        UserError: Layers of a pair differ in heads, channels or rotary frequencies.
+        UserError: Layers of a pair differ in heads.
     """
     gains = gains_of(student)
-    for pair in pairs:
-        _check(pair)
     _, theirs = read(teacher, batch, [p.teacher for p in pairs])
     hooks = []
     for pair in pairs:
@@ -77,15 +75,6 @@ def best_log_gain(gain: RopeGain, query: Tensor, target: Tensor) -> Tensor:
     limit = math.exp(LIMIT) * (1 - 1e-6)
     factor = torch.where(sums[1] > 0, sums[0] / sums[1].clamp_min(1e-300), 1.0)
     return factor.clamp(1 / limit, limit).log().to(gain.parameter.dtype)
-
-
-def _check(pair: Pair) -> None:
-    own, theirs = pair.student_frequencies, pair.teacher_frequencies
-    if own.shape != theirs.shape or not torch.allclose(own, theirs, rtol=1e-5, atol=0):
-        raise UserError(
-            f'gain.start = "queries" needs equal rotary frequencies; layers {pair.student} and {pair.teacher} differ. '
-            'Use "one".'
-        )
 
 
 def _check_shapes(query: Tensor, target: Tensor) -> None:

@@ -17,6 +17,7 @@ from laid_eval.distillation.samples import Sample, training_probe
 from laid_eval.distillation.student import Batch, Pair, read, some_heads, view_of
 from laid_eval.errors import UserError
 from laid_eval.models.frame import Frame
+from laid_eval.models.gained import attention_modules, channels
 from laid_eval.models.rotary import Rotary
 from laid_eval.spectrum.compare import matched_layers
 from laid_eval.spectrum.heads import retrieval_scores
@@ -27,7 +28,7 @@ _GOOD = 0.5  # of the best head's score: also retrieves
 
 
 def choose_pairs(
-    how: Matching,
+    recipe: Recipe,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     own: Sequence[Rotary | None],
@@ -38,7 +39,7 @@ def choose_pairs(
     """The pairs a recipe asks for.
 
     Args:
-        how: The recipe's table.
+        recipe: What is matched, and how long texts are.
         student: The model.
         teacher: The model.
         own: The student's rotary pairs, by layer.
@@ -47,18 +48,21 @@ def choose_pairs(
         seed: Of the texts that tell which heads retrieve.
 
     Raises:
-        UserError: A layer that is not there, or that sees only a sliding window.
+        UserError: A layer that is not there, or that sees only a sliding window; layers that can't be compared as the
+            recipe asks; a model on which it can't be said what retrieves.
     """
+    how, longest = recipe.matching, recipe.data.lengths[1]
+    whole = [_whole_layers(model, longest, len(side)) for model, side in ((student, own), (teacher, theirs))]
     scores: list[NDArray[np.float64]] = []
     if "retrieval" in (how.layers, how.heads):
-        probe, corpus = training_probe("facts"), training_corpus()
-        for model, frame in zip((student, teacher), frames, strict=True):
-            texts = [needles(probe, corpus, frame, n, seed) for n in _NEEDLES]
-            scores.append(retrieval_scores(model, texts))
+        scores = [_retrieval(model, frame, seed) for model, frame in zip((student, teacher), frames, strict=True)]
     pairs = []
-    for a, b in _layers(how, len(own), len(theirs), scores):
-        for model, layer, count, side in ((student, a, len(own), "student"), (teacher, b, len(theirs), "teacher")):
-            _check_layer(model, layer, count, side)
+    alike = recipe.losses.qk > 0 or (recipe.gain is not None and recipe.gain.start == "queries")
+    for a, b in _layers(how, len(own), len(theirs), scores, whole):
+        for layer, seen, count, side in ((a, whole[0], len(own), "student"), (b, whole[1], len(theirs), "teacher")):
+            _check_layer(layer, seen, count, side)
+        if alike:
+            _check_alike(student, teacher, a, b, own[a], theirs[b])
         heads = [
             _heads(how, model, score, layer)
             for model, score, layer in zip((student, teacher), scores or (None, None), (a, b), strict=True)
@@ -121,15 +125,37 @@ def batch_of(sample: Sample, device: torch.device) -> Batch:
     return Batch(ids, torch.ones_like(ids), positions, labels, torch.zeros(1, dtype=torch.long, device=device))
 
 
-def _layers(how: Matching, own: int, theirs: int, scores: Sequence[NDArray[np.float64]]) -> list[tuple[int, int]]:
+def _layers(
+    how: Matching, own: int, theirs: int, scores: Sequence[NDArray[np.float64]], whole: Sequence[set[int]]
+) -> list[tuple[int, int]]:
+    """Pairs of layers; what the recipe leaves to us is chosen among layers that see the whole text."""
     if how.layers == "last":
-        return [(own - 1, theirs - 1)]
+        return [(max(whole[0], default=own - 1), max(whole[1], default=theirs - 1))]
     if how.layers == "all":
-        return list(enumerate(matched_layers(own, theirs)))
+        every = enumerate(matched_layers(own, theirs))
+        return [(a, b) for a, b in every if a in whole[0] and b in whole[1]] or [(own - 1, theirs - 1)]
     if how.layers == "retrieval":
-        a, b = (int(np.nanargmax(np.nanmax(score, axis=1))) for score in scores)
+        best = [np.nanmax(score, axis=1) for score in scores]
+        a, b = (max(seen or {0}, key=list(own).__getitem__) for own, seen in zip(best, whole, strict=True))
         return [(a, b)]
     return list(how.layers)
+
+
+def _retrieval(model: PreTrainedModel, frame: Frame, seed: int) -> NDArray[np.float64]:
+    """(L, H) how well each head copies from needles."""
+    texts = [needles(training_probe("facts"), training_corpus(), frame, n, seed) for n in _NEEDLES]
+    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    try:
+        scores = retrieval_scores(model, texts)
+        if len(scores) == layers:
+            return scores
+        reason = f"only {len(scores)} of {layers} layers have attention"
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        reason = type(error).__name__
+    raise UserError(
+        f"Which heads of {type(model).__name__} retrieve can't be measured ({reason}). Name the layers in "
+        'matching.layers, e.g. [[5, 11]], and set matching.heads = "all".'
+    )
 
 
 def _heads(how: Matching, model: PreTrainedModel, score: NDArray[np.float64] | None, layer: int) -> Tensor:
@@ -141,15 +167,35 @@ def _heads(how: Matching, model: PreTrainedModel, score: NDArray[np.float64] | N
     return torch.as_tensor(chosen, device=model.device)
 
 
-def _check_layer(model: PreTrainedModel, layer: int, count: int, side: str) -> None:
+def _whole_layers(model: PreTrainedModel, longest: int, count: int) -> set[int]:
+    """Layers that see all of a text of `longest` tokens."""
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or longest
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window < longest else ""] * count
+    short = {"sliding_attention", "chunked_attention"} if window < longest else {"chunked_attention"}
+    return {i for i, kind in enumerate(kinds) if kind not in short | {"linear_attention", "conv", "mamba"}}
+
+
+def _check_layer(layer: int, whole: set[int], count: int, side: str) -> None:
     if not 0 <= layer < count:
         raise UserError(f"matching.layers names layer {layer} of the {side}, which has layers 0 to {count - 1}.")
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    if kinds and kinds[layer] not in ("full_attention", "attention"):
-        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    if layer not in whole:
         raise UserError(
-            f"Layer {layer} of the {side} sees only part of the text ({kinds[layer]}): there is no far attention to "
-            f"match. Layers that see all of it: {', '.join(map(str, full)) or 'none'}. Name them in matching.layers."
+            f"Layer {layer} of the {side} sees only part of the text: there is no far attention to match. Layers that "
+            f"see all of it: {', '.join(map(str, sorted(whole))) or 'none'}. Name them in matching.layers."
+        )
+
+
+def _check_alike(
+    student: PreTrainedModel, teacher: PreTrainedModel, a: int, b: int, own: Rotary | None, theirs: Rotary | None
+) -> None:
+    """Queries and keys can be compared channel by channel."""
+    sizes = [channels(attention_modules(m)[i], m.config) for m, i in ((student, a), (teacher, b))]
+    if own is None or theirs is None or sizes[0] != sizes[1] or not own.same(theirs):
+        raise UserError(
+            f"Queries of layer {a} of the student and {b} of the teacher can't be compared: head sizes "
+            f"({sizes[0]} and {sizes[1]}), rotary frequencies or layouts differ. Match attention instead "
+            '(losses.attention), with gain.start = "one".'
         )
 
 

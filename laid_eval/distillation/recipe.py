@@ -20,6 +20,7 @@ from laid_eval.resources import bundled
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, lt=10)]
 Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=16)]
 
 
 class Part(BaseModel):
@@ -56,8 +57,9 @@ class Matching(Part):
     heads: Literal["all", "retrieval"] = "all"
     """Of both models; `retrieval`: those that copy at least half as well as their layer's best."""
     rows: Literal["answers", "sampled"] = "sampled"
-    """Rows that predict labels, or these and `sample` more, spread over octaves of position."""
-    sample: Annotated[int, Field(ge=16)] = 64
+    """Rows that predict labels, or these and others, spread over octaves of position."""
+    sample: Annotated[int, Field(ge=32)] = 64
+    """Most rows of answers, and of others."""
     mixture: Literal["similarity", "uniform", "same"] = "similarity"
     """Start of the learned mixture of teacher heads, or head to head (`same`, nothing learned)."""
     distance: Literal["index", "rope"] = "index"
@@ -71,6 +73,14 @@ class Matching(Part):
     """Shares of the training at which the weight of distance begins and ends to grow."""
     sinks: Annotated[int, Field(ge=0)] = 4
     """First tokens kept apart from the octaves."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Matching:
+        if not 0 <= self.ramp[0] < self.ramp[1] <= 1:
+            raise ValueError("`ramp` must be [start, end] with 0 <= start < end <= 1")
+        if not self.layers:
+            raise ValueError("`layers` names no pair of layers")
+        return self
 
 
 class Gain(Part):
@@ -89,8 +99,9 @@ class Data(Part):
 
     source: str = "facts"
     """A bundled training probe, a probe file (.toml), `prose`, or a file of conversations or texts (.jsonl)."""
-    lengths: tuple[Count, Count] = (256, 1024)
-    """Shortest and longest text, tokens, drawn uniformly in octaves (generated data); longer ones are refused."""
+    lengths: tuple[Length, Length] = (256, 1024)
+    """Shortest and longest text, tokens, drawn uniformly in octaves (generated data); longer ones of a file are left
+    out, and counted."""
     questions: Count = 4
     """Most questions asked after each text, one after the other (probes)."""
     stretch: Count | None = None
@@ -118,8 +129,10 @@ class Training(Part):
     accumulation: Count = 8
     """Forward passes a step."""
     learning_rate: Rate = 1e-5
-    mixture_rate: Rate = 1e-4
-    gain_rate: Rate = 1e-3
+    mixture_rate: Rate = 1e-2
+    """Adam moves a parameter by about this much a step."""
+    gain_rate: Rate = 1e-2
+    """Of log gains: 0.01 is 0.09 dB a step."""
     weight_decay: Share = 0.0
     """Of weights; gains and mixtures have none."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -134,7 +147,7 @@ class Training(Part):
     save_every: Count = 50
     window_every: Count | None = None
     """Steps between quick estimates of the effective window; `None`: none."""
-    window_length: Count = 2048
+    window_length: Annotated[int, Field(ge=512)] = 2048
     """Longest context of these, tokens."""
 
 
@@ -163,6 +176,10 @@ class Recipe(Part):
     def _check(self) -> Recipe:
         if self.losses.sft == 0 and not self.needs_teacher:
             raise ValueError("`losses`: all terms are 0, nothing would be learned")
+        if self.gain and self.gain.start == "queries" and not self.matches:
+            raise ValueError('`gain.start` is "queries", but no attention is matched: there are no pairs of layers')
+        if self.gain and self.gain.layers == "matched" and not self.matches:
+            raise ValueError('`gain.layers` is "matched", but no attention is matched')
         if self.training.weights == "none" and self.gain is None:
             raise ValueError('`training.weights` is "none" and there is no [gain]: nothing would be trained')
         return self

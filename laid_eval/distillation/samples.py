@@ -5,6 +5,7 @@ So a resumed run, or one on other numbers of processes, reads what it would have
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from laid_eval.errors import UserError
 from laid_eval.models.frame import Branch, Frame
 from laid_eval.resources import bundled
 from laid_eval.window.haystack import Corpus, build
-from laid_eval.window.probes import Probe, load_probe, probe_names
+from laid_eval.window.probes import Probe, load_probe, probe_hash, probe_names
 from laid_eval.window.questions import Question, draw_story
 
 _LEAST_TEXT = 64  # tokens of haystack, however long the questions are
@@ -69,11 +70,12 @@ def open_source(data: Data, frame: Frame, seed: int) -> Source:
         draw, name = _prose(corpus, frame, data, seed), f"prose:{corpus.hash}"
     elif data.source.endswith(".jsonl"):
         texts, notes = read_texts(Path(data.source), frame, data.lengths[1])
-        draw, name = _shuffled(texts, seed), f"{Path(data.source).name}:{len(texts)} texts"
+        digest = hashlib.sha256(Path(data.source).read_bytes()).hexdigest()[:16]
+        draw, name = _shuffled(texts, seed), f"{Path(data.source).name}:{digest}"
     else:
         probe = training_probe(data.source)
         corpus = training_corpus()
-        draw, name = _asked(probe, corpus, frame, data, seed), f"{probe.name}:{corpus.hash}"
+        draw, name = _asked(probe, corpus, frame, data, seed), f"{probe.name}:{probe_hash(probe)}:{corpus.hash}"
     if data.stretch is None:
         return Source(draw, name, notes)
     reach = data.stretch
@@ -121,7 +123,7 @@ def read_texts(file: Path, frame: Frame, longest: int) -> tuple[list[Sample], tu
         UserError: Names the line that can't be used, or that holds a fact of the evaluation; or none is short enough.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"Training data '{file}' can't be read: {error.strerror}. Check the path.") from None
     except UnicodeDecodeError:
@@ -130,19 +132,21 @@ def read_texts(file: Path, frame: Frame, longest: int) -> tuple[list[Sample], tu
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        for probe, fact in evaluation_facts():
-            if fact in line:
-                raise UserError(
-                    f"Training data '{file}', line {number}, holds a fact that probe {probe!r} asks in evaluation "
-                    f"({fact!r} ...). Take it out: its window would be of things learned by heart."
-                )
         try:
-            tokens, labels = _tokenized(json.loads(line), frame)
+            document = json.loads(line)
+            tokens, labels = _tokenized(document, frame)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"Training data '{file}', line {number}, can't be used ({error}). Wanted is "
                 '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]} or {"text": "..."}.'
             ) from None
+        said = " ".join(" ".join(_said(document)).split())
+        for probe, fact in evaluation_facts():
+            if fact in said:
+                raise UserError(
+                    f"Training data '{file}', line {number}, holds a fact that probe {probe!r} asks in evaluation "
+                    f"({fact!r} ...). Take it out: its window would be of things learned by heart."
+                )
         if len(tokens) > longest:
             left += 1
         elif labels:
@@ -157,10 +161,12 @@ def read_texts(file: Path, frame: Frame, longest: int) -> tuple[list[Sample], tu
 
 
 def _tokenized(document: dict[str, Any], frame: Frame) -> tuple[list[int], list[int]]:
+    if not all(isinstance(text, str) for text in _said(document)):
+        raise TypeError("contents must be texts")
     if "text" in document:
-        tokens = [*frame.start(), *frame.tokenizer(str(document["text"]), add_special_tokens=False).input_ids]
+        tokens = [*frame.start(), *frame.tokenizer(document["text"], add_special_tokens=False).input_ids]
         return tokens, list(range(1, len(tokens)))
-    messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in document["messages"]]
+    messages = [{"role": m["role"], "content": m["content"]} for m in document["messages"]]
     if frame.before is None:
         raise ValueError("conversations need a tokenizer with a chat template")
     whole = _rendered(frame, messages, False)
@@ -171,6 +177,10 @@ def _tokenized(document: dict[str, Any], frame: Frame) -> tuple[list[int], list[
             end = _shared(whole, _rendered(frame, messages[: turn + 1], False))
             labels += range(max(start, 1), end)
     return whole, labels
+
+
+def _said(document: dict[str, Any]) -> list[Any]:
+    return [document["text"]] if "text" in document else [m["content"] for m in document["messages"]]
 
 
 def _rendered(frame: Frame, messages: Sequence[dict[str, str]], ask: bool) -> list[int]:
@@ -245,9 +255,10 @@ def _asked(probe: Probe, corpus: Corpus, frame: Frame, data: Data, seed: int) ->
         asked = story.questions(places, rng)
         for i in rng.permutation(len(asked))[: data.questions]:
             question = asked[int(i)]
-            room += branch_of(question, bool(turns)).longest
-            if turns and room > length / 2:
+            more = branch_of(question, bool(turns)).longest
+            if turns and room + more > length / 2:
                 break  # the questions would leave no haystack
+            room += more
             turns.append(question)
         text = build(corpus, planted, [max(length - room, _LEAST_TEXT)], encode, rng)
         # what found no room in the text can't be asked
@@ -265,7 +276,7 @@ def _asked(probe: Probe, corpus: Corpus, frame: Frame, data: Data, seed: int) ->
     def with_labels(number: int) -> Sample:
         for attempt in range(_ATTEMPTS):
             sample = draw(number + attempt * _APART)
-            if sample.labels:
+            if sample.labels and len(sample.tokens) <= data.lengths[1]:
                 return sample
         raise UserError(
             f"Texts of {data.lengths[0]:,} tokens have no room for the facts of probe {probe.name!r}. Set data.lengths "

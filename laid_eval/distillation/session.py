@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from laid_eval.distillation.export import export, save_gains
 from laid_eval.distillation.gain_start import start_gains
 from laid_eval.distillation.pairs import batch_of, choose_pairs, start_mixers
 from laid_eval.distillation.recipe import Recipe, changed, load_recipe, recipe_hash
-from laid_eval.distillation.samples import Source, open_source
+from laid_eval.distillation.samples import Sample, Samples, Source, open_source
 from laid_eval.distillation.student import Pair, Student, Teacher, checkpoint_layers
 from laid_eval.distillation.train import StepReport, newest_checkpoint, step_of, train, trained
 from laid_eval.distillations import (
@@ -39,7 +39,7 @@ from laid_eval.distillations import (
 )
 from laid_eval.environment import environment
 from laid_eval.errors import UserError
-from laid_eval.models.cost import peak_memory
+from laid_eval.models.cost import empty_model, peak_memory
 from laid_eval.models.fold import fold, write_certificate
 from laid_eval.models.fold_sites import fold_sites
 from laid_eval.models.frame import Frame, frame_of
@@ -122,16 +122,24 @@ def distill(
         raise UserError(f"Recipe {plan.name!r} learns from a teacher. Name one: --teacher.")
     if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("Several processes need one folder to share: pass --out.")
-    if not find_spec("tensorboard"):
+    if not (find_spec("tensorboard") and find_spec("peft")):
         raise UserError('Training needs what `pip install "laid-eval[distill]"` brings: tensorboard and peft.')
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "Sharded training (FSDP, DeepSpeed) is not supported yet: mixtures, gains and export need whole weights. "
+            "Use data parallelism (accelerate launch --multi_gpu), training.checkpointing=true, or weights=lora."
+        )
+    device = _own_device(device)
     load_options = (trust_remote_code, allow_pickle)
     own = _side(student, revision, "float32", device, *load_options)
     theirs = _side(teacher, teacher_revision, dtype, device, *load_options) if teacher and plan.needs_teacher else None
-    vocabulary = shared_vocabulary(own.tokenizer, theirs.tokenizer) if theirs else 0
+    vocabulary = _shared(own, theirs) if theirs else 0
     source = open_source(plan.data, own.frame, seed)
+    if theirs:
+        source = replace(source, samples=_readable(source.samples, vocabulary))
     folder = run_folder(out, own.described.info.name, "distill")
     run = _resumable(folder, own, theirs, plan, source, seed)
-    if run and run.status == "complete":
+    if run and run.status == "complete" and any(folder.glob("model*.safetensors")):
         return load_distillation(folder)
     _check_room(folder, plan, own.described)
     progress(Report(folder, "loading models"))
@@ -189,7 +197,7 @@ class _Job:
         self._prepare(model, turning, sharing, pairs)
         if teacher is not None and self.recipe.gain and self.recipe.gain.start == "queries":
             start_gains(model, teacher, pairs, batch_of(sample, model.device))
-        adapter = _add_adapter(model, self.recipe) if self.recipe.training.weights == "lora" else None
+        adapter = _add_adapter(model, self.recipe, self.seed) if self.recipe.training.weights == "lora" else None
         frozen = Teacher(teacher, self.vocabulary) if teacher is not None else None
         student = Student(model, frozen, self.recipe, pairs, mixers, self.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,14 +205,13 @@ class _Job:
         run = run or self._header(own, trained(student), pairs, sharing)
         if first:
             save_distillation(self.folder, run)
-        started = time.perf_counter()
         self._train(student, own, first)
         if not first:
             return load_distillation(self.folder)
         self.progress(Report(self.folder, "folding and writing the checkpoint", window=self.window))
         if adapter is not None:
             model = adapter.merge_and_unload()
-        run = self._export(run, model, turning, sharing, sample.tokens[:_PROBE_TOKENS], time.perf_counter() - started)
+        run = self._export(run, model, turning, sharing, sample.tokens[:_PROBE_TOKENS])
         save_distillation(self.folder, run)
         return load_distillation(self.folder)
 
@@ -215,7 +222,7 @@ class _Job:
             return []
         frames = self.own.frame, self.theirs.frame
         theirs = rotaries(teacher, length)
-        return choose_pairs(self.recipe.matching, model, teacher, turning, theirs, frames, self.seed)
+        return choose_pairs(self.recipe, model, teacher, turning, theirs, frames, self.seed)
 
     def _sharing(self, model: PreTrainedModel, turning: list[Rotary | None], pairs: list[Pair]) -> str | None:
         """How the gains are shared, after finding out that they will fold."""
@@ -301,7 +308,6 @@ class _Job:
         turning: list[Rotary | None],
         sharing: str | None,
         ids: tuple[int, ...],
-        seconds: float,
     ) -> DistillRun:
         model.eval()
         gains, certificate = None, None
@@ -315,7 +321,7 @@ class _Job:
             write_certificate(self.folder, found)
             certificate = found.as_dict()
         drop_gains(model)
-        checked = export(model, self.own.tokenizer, self.folder, dtype, ids)
+        checked = export(model, self.own.tokenizer, self.folder, dtype, ids, self.own.described.trust_remote_code)
         lines = read_lines(self.folder / STEPS)
         cost = DistillCost(
             steps=len(lines),
@@ -367,13 +373,14 @@ def _side(
     return _Side(described, tokenizer, frame_of(tokenizer))
 
 
-def _add_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
+def _add_adapter(model: PreTrainedModel, recipe: Recipe, seed: int) -> Any:
     """LoRA on every linear layer but the unembedding; the model is changed in place."""
     from peft import LoraConfig, get_peft_model
 
     rank = recipe.training.lora_rank
     gains = [p for gain in gains_of(model).values() for p in gain.parameters()]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        torch.manual_seed(seed)  # of its random start
         warnings.simplefilter("ignore", FutureWarning)  # peft's own use of names that transformers is giving up
         adapter = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for parameter in gains:  # peft freezes all that is not its own
@@ -409,7 +416,8 @@ def _resumable(
     pairs = [
         ("student", earlier.student.fingerprint, own.described.info.fingerprint),
         ("teacher", earlier.teacher and earlier.teacher.fingerprint, theirs and theirs.described.info.fingerprint),
-        ("recipe", earlier.recipe_hash, recipe_hash(recipe)),
+        ("the teacher's dtype", earlier.teacher and earlier.teacher.dtype, theirs and theirs.described.info.dtype),
+        *_fields(earlier.recipe, recipe.model_dump(mode="json")),
         ("data", earlier.data, source.name),
         ("seed", earlier.seed, seed),
         ("processes", earlier.processes, int(os.environ.get("WORLD_SIZE", "1"))),
@@ -423,15 +431,65 @@ def _resumable(
     return earlier
 
 
+def _fields(old: dict[str, Any], new: dict[str, Any], under: str = "recipe ") -> list[tuple[str, Any, Any]]:
+    """Fields of two recipes side by side."""
+    out = []
+    for name in {**old, **new}:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _fields(a, b, f"{under}{name}.")
+        else:
+            out.append((f"{under}{name}", a, b))
+    return out
+
+
+def _own_device(asked: str) -> str:
+    """This process's accelerator where several share a machine.
+
+    Raises:
+        UserError: One was named that Trainer would not take.
+    """
+    if asked.startswith("cuda:") and asked != "cuda:0":
+        index = asked.removeprefix("cuda:")
+        raise UserError(f"Training runs on the first accelerator it sees: CUDA_VISIBLE_DEVICES={index} instead.")
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None and asked in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(rank))
+        return f"cuda:{rank}"
+    return asked
+
+
+def _shared(own: _Side, theirs: _Side) -> int:
+    """Tokens that both models can read and predict, from the first."""
+    rows = [int(side.described.text_config.vocab_size) for side in (own, theirs)]
+    return min(shared_vocabulary(own.tokenizer, theirs.tokenizer), *rows)
+
+
+def _readable(samples: Samples, vocabulary: int) -> Samples:
+    """The same samples, refused where the teacher lacks a token."""
+
+    def draw(number: int) -> Sample:
+        sample = samples(number)
+        if max(sample.tokens) >= vocabulary:
+            raise UserError(
+                f"Training text {sample.id!r} holds token {max(sample.tokens)}, which the teacher lacks (it has "
+                f"{vocabulary:,}). Take that text out, or use a teacher with the student's tokens."
+            )
+        return sample
+
+    return draw
+
+
 def _check_room(folder: Path, recipe: Recipe, described: Described) -> None:
     """Refuse before training where the checkpoints will not fit on the disk.
 
     Raises:
         UserError: Says what is needed and what is free.
     """
-    weights = sum(file.stat().st_size for file in described.source.folder.glob("model*.safetensors"))
-    # Two checkpoints with weights and both moments of AdamW, one being written, and the exported model.
-    needed = weights * (1 + (3 * 3 if recipe.training.weights == "all" else 0)) + 2**26
+    parameters = sum(p.numel() for p in empty_model(described).parameters())
+    trained = parameters if recipe.training.weights == "all" else parameters // 10
+    # Two checkpoints and one being written, each with weights and both moments of AdamW in float32; the exported model.
+    needed = 4 * 3 * 3 * trained + parameters * _export_type(described).itemsize + 2**24
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed:

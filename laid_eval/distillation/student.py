@@ -157,7 +157,7 @@ class Student(nn.Module):
         for mixer in self.mixers.values():
             assert isinstance(mixer, HeadMixer)
             terms.setdefault("coverage", []).append(mixer.coverage())
-            terms.setdefault("entropy", []).append(mixer.entropy())
+            terms.setdefault("entropy", []).append(mixer.entropy())  # cheap, and worth seeing where they weigh nothing
         means = {name: torch.stack(values).mean() for name, values in terms.items()}
         total = sum((getattr(losses, name) * mean for name, mean in means.items()), hidden.sum() * 0.0)
         return {"loss": total, "terms": {name: float(mean.detach()) for name, mean in means.items()} | {"gamma": gamma}}
@@ -221,13 +221,19 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 def rows_to_match(
     how: Matching, size: int, answers: Tensor, seed: int, step: int, number: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows (R,) whose attention is compared in a text of `size` tokens, and the rows that each stands for."""
-    if how.rows == "answers":
+    """Rows (R,) whose attention is compared in a text of `size` tokens, and the rows that each stands for.
+
+    At most `sample` rows of answers, and as many others: where every token is a label, the answers are sampled too.
+    """
+    answers = answers[answers > 0]  # the first row sees itself alone
+    few = len(answers) <= how.sample
+    if how.rows == "answers" and few:
         return answers, None
-    candidates = torch.arange(1, size, device=answers.device)
+    candidates = answers if how.rows == "answers" else torch.arange(1, size, device=answers.device)
     rows = sample_rows(
-        candidates, min(how.sample, len(candidates)), seed=seed, step=step, example=number, always=answers
-    )
+        candidates, min(how.sample, len(candidates)), seed=seed, step=step, example=number,
+        always=answers if few else None,
+    )  # fmt: skip
     return rows.index, rows.weight
 
 

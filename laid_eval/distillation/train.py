@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from laid_eval.distillation.recipe import Recipe
@@ -26,6 +30,7 @@ from laid_eval.distillation.samples import Samples
 from laid_eval.distillation.student import Batch, Student
 from laid_eval.errors import UserError
 from laid_eval.models.gained import GAIN
+from laid_eval.models.source import quiet
 
 WEIGHTS = "model.safetensors"  # the name Trainer looks for
 _LOWER = 'Lower the rates in [training], or try precision = "float32".'
@@ -65,7 +70,7 @@ class Numbered(Dataset[dict[str, Any]]):
 
 
 def padded(texts: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch: texts padded on the right, at positions that go on."""
+    """A batch: texts padded on the right. With padding the mask is (B, 1, N, N); single texts need none."""
     longest = max(len(text["ids"]) for text in texts)
 
     def line(text: dict[str, Any], name: str, fill: int) -> Tensor:
@@ -155,7 +160,7 @@ class LaidTrainer(Trainer):
 
 
 class _Log(TrainerCallback):
-    """Hands every step on, with the means of the terms; marks checkpoints that are whole."""
+    """Hands every step on, with the means of the terms."""
 
     def __init__(self, trainer: LaidTrainer, report: Callable[[StepReport], None]) -> None:
         self._trainer, self._report = trainer, report
@@ -177,7 +182,13 @@ class _Log(TrainerCallback):
         logs.update({k: v for k, v in values.items() if k not in logs})  # TensorBoard shows them too
         self._report(StepReport(state.global_step, state.max_steps, values))
 
+
+class _Mark(TrainerCallback):
+    """Marks checkpoints that every process has written its part of."""
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / DONE).touch()
 
@@ -220,15 +231,15 @@ def trained(student: Student) -> dict[str, int]:
 def arguments(recipe: Recipe, folder: Path, seed: int, cpu: bool) -> TrainingArguments:
     """Trainer's settings for a recipe."""
     t = recipe.training
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return TrainingArguments(
+    schedule = "constant_with_warmup" if t.schedule == "constant" else t.schedule
+    args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=t.steps,
         per_device_train_batch_size=t.batch,
         gradient_accumulation_steps=t.accumulation,
         learning_rate=t.learning_rate,
-        lr_scheduler_type=t.schedule,
+        lr_scheduler_type=schedule,
         warmup_steps=round(t.warmup * t.steps),
         max_grad_norm=t.clip,
         bf16=t.precision == "bfloat16",
@@ -238,7 +249,7 @@ def arguments(recipe: Recipe, folder: Path, seed: int, cpu: bool) -> TrainingArg
         save_steps=t.save_every,
         save_total_limit=2,
         seed=seed,
-        report_to=["tensorboard"],
+        report_to=[],
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and several else None,
         # where no term reaches the last layers, they have no gradient
@@ -246,6 +257,8 @@ def arguments(recipe: Recipe, folder: Path, seed: int, cpu: bool) -> TrainingArg
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # one process, one accelerator: torch's DataParallel would split texts
+    return args
 
 
 def train(
@@ -284,15 +297,32 @@ def train(
     trainer.remove_callback(PrinterCallback)  # it prints on stdout
     if args.process_index == 0:
         trainer.callback_handler.callbacks.insert(0, _Log(trainer, report))  # before TensorBoard's, which shows it
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard"))))
+    trainer.add_callback(_Mark())
     if each:
         trainer.add_callback(_EachStep(*each))
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    except OSError as error:
+        with quiet():
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
         raise UserError(
-            f"Training stopped at step {trainer.state.global_step}: {error.strerror or error}. Make room at "
-            f"'{folder}' and give the same command again: it goes on from the last whole checkpoint."
+            f"Training stopped at step {trainer.state.global_step}: {reason}. Make room at '{folder}' and give the "
+            "same command again: it goes on from the last whole checkpoint."
         ) from None
+
+
+def write_failure(error: Exception) -> str | None:
+    """Why a file couldn't be written; `None` where the error is about something else."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return text.split("I/O error: ")[-1]
+    # torch.save on a full disk: its zip writer ends elsewhere than it thinks
+    return "the disk is full" if "inline_container" in text or "PytorchStreamWriter" in text else None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -319,6 +349,10 @@ def _check_readable(checkpoint: Path) -> None:
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, weights_only=True, map_location="cpu")
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        for name in [f"rng_state_{k}.pth" for k in range(processes)] if processes > 1 else ["rng_state.pth"]:
+            if not zipfile.is_zipfile(checkpoint / name):
+                raise ValueError(name)
     except Exception as error:  # whatever a damaged file makes the libraries raise
         raise UserError(
             f"Checkpoint '{checkpoint}' is damaged ({type(error).__name__}). Nothing was changed: remove that folder, "

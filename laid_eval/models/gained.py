@@ -97,7 +97,7 @@ def add_gains(model: PreTrainedModel, rotaries: dict[int, Rotary], shared: bool)
             continue
         rotary = rotaries[layer]
         heads = None if shared else int(config.num_attention_heads)
-        gain = RopeGain(torch.as_tensor(rotary.first), torch.as_tensor(rotary.second), _channels(module, config), heads)
+        gain = RopeGain(torch.as_tensor(rotary.first), torch.as_tensor(rotary.second), channels(module, config), heads)
         module.add_module(GAIN, gain.to(model.device))
         gains[layer] = gain
     return gains
@@ -132,7 +132,9 @@ def tapped(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, 
             delattr(module, _TAP)
 
 
-def _channels(module: nn.Module, config: Any) -> int:
+def channels(module: nn.Module, config: Any) -> int:
+    """Channels of a query head of an attention module."""
+    config = config.get_text_config(decoder=True)
     # DeepSeek's head_dim is that of the part that turns alone.
     size = next((s for s in (getattr(module, n, None) for n in ("qk_head_dim", "head_dim")) if s), None)
     size = size or getattr(config, "head_dim", None)

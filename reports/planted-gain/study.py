@@ -70,7 +70,7 @@ def errors(run: laid_eval.LoadedDistillation, planted: np.ndarray) -> list[tuple
     """Band, planted dB, mean found dB (what was to be given back), root mean square error over layers, heads, pairs."""
     out = []
     for low, high in BANDS:
-        band = (run.wavelength >= low) & (run.wavelength < high)
+        band = (run.wavelength[0] >= low) & (run.wavelength[0] < high)
         wanted = -planted[band] * DECIBEL
         found = run.log_gain[:, :, band] * DECIBEL
         name = f"{low:,.0f} and more" if np.isinf(high) else f"{low:,.0f}-{high:,.0f}"
@@ -110,7 +110,8 @@ def figures(
         points = run.header.curves[0].points
         x = [p.length for p in points]
         ax.fill_between(x, [p.low for p in points], [p.high for p in points], color=colours[name], alpha=0.15, lw=0)
-        ax.plot(x, [p.score for p in points], color=colours[name], lw=2, label=f"{name}: {run.window()}")
+        style = "--" if name == "mended" else "-"  # it lies on the intact model's
+        ax.plot(x, [p.score for p in points], style, color=colours[name], lw=2, label=f"{name}: {run.window()}")
     ax.set_xscale("log", base=2)
     ticks = [2**k for k in range(8, 14)]
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
@@ -137,7 +138,7 @@ def write(windows: dict, mended: dict, planted: np.ndarray) -> None:
     lines = [
         "# A window taken away, and given back",
         "",
-        "Written by `make study-planted-gain` from its runs; nothing here was typed by hand.",
+        "Written by `make study-planted-gain` from its runs; no figure here was typed by hand.",
         "",
         f"SmolLM2-135M-Instruct, queries attenuated by {DB:g} dB in every rotary pair of {FROM} tokens per turn and",
         "more (every layer and head, folded into `q_proj`): an ordinary checkpoint with a shorter window. The recipe",
@@ -169,7 +170,15 @@ def write(windows: dict, mended: dict, planted: np.ndarray) -> None:
     for rows in zip(*tables.values(), strict=True):
         cells = " | ".join(f"{found:+.2f} | {rms:.2g}" for _, _, found, rms in rows)
         lines.append(f"| {rows[0][0]} | {rows[0][1]:+.1f} | {cells} |")
-    lines.append("")
+    lines += [
+        "",
+        "What does the work: `start` solves each pair's factor in closed form (least squares between the queries of",
+        "student and teacher, one pass over one text); the training after it has nothing left to gain. That needs a",
+        "student whose layers correspond to the teacher's head by head, as a damaged copy's do. `gradients` is",
+        "distillation in the common sense, attention alone, from gains of 1: it brings attention near the teacher's long",
+        "before it finds the planted numbers, since pairs of one head partly stand in for each other.",
+        "",
+    ]
     for way, run in mended.items():
         h = run.header
         drift, layers = h.certificate["drift"], h.certificate["layers"]
@@ -189,6 +198,9 @@ def write(windows: dict, mended: dict, planted: np.ndarray) -> None:
         "![gains found by gradients](rope-gain-gradients.png)",
         "",
         "## Spectra beside the intact model",
+        "",
+        "Usage of a pair is |q| times |k|, in dB of power; the attenuation acts on queries alone, so -4 dB of",
+        "amplitude show as -2 dB of usage.",
         "",
         "Before: ![damaged](spectrum-damaged.png)",
         "",

@@ -33,8 +33,7 @@ def planted_pair(folder, frame, shared):
         gain.set_log_gain(0.4 * torch.randn(gain.parameter.shape, generator=generator))
         fold_layer(gain, site.parts)
         planted.append(gain.log_gain().detach())
-    how = load_recipe("gain-only").matching
-    pairs = choose_pairs(how, student, teacher, turning, turning, (frame, frame), 0)
+    pairs = choose_pairs(load_recipe("gain-only"), student, teacher, turning, turning, (frame, frame), 0)
     gainable(student)
     gainable(teacher)
     ids = torch.randint(5, 49000, (96,), generator=generator)
@@ -76,8 +75,7 @@ def test_layers_that_do_not_correspond_are_refused(models, frame):
     student, _, turning, _, batch, _ = planted_pair(models["student"], frame, False)
     teacher = load(describe(resolve(str(models["teacher"])), device="cpu")).model
     other = rotaries(teacher, 128)
-    how = load_recipe("gain-only").matching
-    pairs = choose_pairs(how, student, teacher, turning, other, (frame, frame), 0)
+    pairs = choose_pairs(load_recipe("gain-only"), student, teacher, turning, other, (frame, frame), 0)
     gainable(teacher)
     add_gains(student, dict(enumerate(turning)), False)
     with pytest.raises(UserError, match="needs students whose heads correspond"):

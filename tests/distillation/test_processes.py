@@ -19,7 +19,7 @@ CHANGES = {
     "matching.layers": "last",
     "matching.heads": "all",
     "matching.rows": "sampled",
-    "matching.sample": "16",
+    "matching.sample": "32",
 }
 
 

@@ -41,7 +41,7 @@ def test_the_ablation_is_whole():
         ('name = "x"\nsummary = ""', "field 'losses' is missing"),
         ('name = "x"\nsummary = ""\n[losses]\nsft = 1\n[training]\nweights = "none"', "nothing would be trained"),
         (
-            'name = "x"\nsummary = ""\n[losses]\nsft = 1\n[data]\nlengths = [9, 3]',
+            'name = "x"\nsummary = ""\n[losses]\nsft = 1\n[data]\nlengths = [90, 30]',
             "`lengths` must be [shortest, longest]",
         ),
         ('name = "x"\nsummary = ""\n[losses]\nsft = 1\n[data]\nstretch = 99', "`stretch` 99 is below the longest text"),

@@ -39,7 +39,7 @@ def test_labels_are_the_answers_and_the_text_states_them(frame, tokenizer):
             assert f" {answer}" in tokenizer.decode(sample.tokens[: run[0]])
 
 
-@pytest.mark.parametrize("length", [60, 100, 150])
+@pytest.mark.parametrize("length", [150, 180])
 def test_short_texts_ask_only_what_they_state(frame, tokenizer, length):
     source = open_source(Data(source="facts", lengths=(length, length), questions=8), frame, 0)
     for number in range(30):
@@ -94,7 +94,7 @@ def test_conversations_are_labelled_at_the_assistants_words(tmp_path, frame, tok
         {"role": "assistant", "content": "Four and more."},
     ]
     file.write_text(json.dumps({"messages": messages}) + "\n\n" + json.dumps({"text": "Plain words."}) + "\n")
-    source = open_source(Data(source=str(file), lengths=(1, 200)), frame, 0)
+    source = open_source(Data(source=str(file), lengths=(16, 200)), frame, 0)
     samples = {source.samples(i).id: source.samples(i) for i in range(2)}
     talk = samples["line 1"]
     said = tokenizer.decode([talk.tokens[i] for i in talk.labels])
@@ -106,7 +106,7 @@ def test_conversations_are_labelled_at_the_assistants_words(tmp_path, frame, tok
 def test_all_texts_are_read_once_before_any_is_read_again(tmp_path, frame):
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": f"Text number {i}."}) + "\n" for i in range(5)))
-    source = open_source(Data(source=str(file), lengths=(1, 200)), frame, 0)
+    source = open_source(Data(source=str(file), lengths=(16, 200)), frame, 0)
     epochs = [[source.samples(5 * e + i).id for i in range(5)] for e in range(3)]
     assert all(len(set(epoch)) == 5 for epoch in epochs)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
@@ -115,7 +115,7 @@ def test_all_texts_are_read_once_before_any_is_read_again(tmp_path, frame):
 def test_long_texts_are_left_out_and_counted(tmp_path, frame):
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps({"text": "short one"}) + "\n" + json.dumps({"text": "long " * 500}) + "\n")
-    source = open_source(Data(source=str(file), lengths=(1, 100)), frame, 0)
+    source = open_source(Data(source=str(file), lengths=(16, 100)), frame, 0)
     assert source.notes == ("1 of 2 texts in texts.jsonl have more than 100 tokens and are left out",)
 
 
@@ -174,3 +174,24 @@ def test_an_image_keeps_its_shape_when_positions_are_stretched():
 
 def test_without_room_positions_stay():
     assert stretched(np.arange(10), 10, np.random.default_rng(0)).tolist() == list(range(10))
+
+
+def test_texts_too_short_for_the_facts_are_refused(frame):
+    with pytest.raises(UserError, match="Texts of 60 tokens have no room for the facts"):
+        open_source(Data(source="facts", lengths=(60, 60)), frame, 0).samples(0)
+
+
+def test_a_fact_of_the_evaluation_is_found_however_it_is_written(tmp_path, frame):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "\\u0054he statue  in the\\nmarket square is made of glass."}\n')
+    with pytest.raises(UserError, match="holds a fact that probe 'needle' asks"):
+        open_source(Data(source=str(file)), frame, 0)
+
+
+def test_the_name_of_a_source_is_that_of_its_content(tmp_path, frame):
+    names = []
+    for word in ("one", "two"):
+        file = tmp_path / "x.jsonl"
+        file.write_text(json.dumps({"text": f"{word} text"}) + "\n")
+        names.append(open_source(Data(source=str(file)), frame, 0).name)
+    assert names[0] != names[1]

@@ -124,7 +124,7 @@ def test_a_finished_run_answers_at_once_and_others_are_refused(whole, models):
     stamp = (done.path / "model.safetensors").stat().st_mtime
     assert run(models, done.path, changes).header == done.header
     assert (done.path / "model.safetensors").stat().st_mtime == stamp
-    with pytest.raises(UserError, match="holds a distillation with recipe = "):
+    with pytest.raises(UserError, match=r"holds a distillation with recipe training\.steps = 4, asked was 5"):
         run(models, done.path, {**changes, "training.steps": "5"})
     with pytest.raises(UserError, match="holds a distillation with seed = 0, asked was 1"):
         run(models, done.path, changes, seed=1)
@@ -178,7 +178,11 @@ def test_a_full_disk_is_told_before_and_during(models, quick, tmp_path, monkeypa
 def test_only_what_trains_changes(models, quick, tmp_path):
     before = weights(models["student"])
     done = run(
-        models, tmp_path / "gain", quick, "gain-only", {"matching.mixture": "similarity", "gain.layers": "matched"}
+        models,
+        tmp_path / "gain",
+        quick,
+        "gain-only",
+        {"matching.mixture": "similarity", "gain.layers": "matched", "gain.start": "one"},
     )
     after = weights(done.path)
     moved = {n for n in before if not torch.equal(before[n], after[n])}
@@ -317,3 +321,68 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, models, tmp_path):
     same = [c for c in done.steps if c != "seconds"]
     assert again.steps[same].equals(done.steps[same])
     assert {"losses.png", "rope-gain.png"} <= {p.name for p in again.path.iterdir()}
+
+
+def test_what_can_not_be_done_is_told_before_anything_is_written(models, quick, tmp_path, monkeypatch):
+    cases = [
+        ("sft-kl", {"matching.ramp": "[0.9, 0.1]", "losses.attention": "1"}, "`ramp` must be"),
+        ("laid", {"matching.layers": "[]"}, "names no pair of layers"),
+        ("sft-kl", {"gain.start": "queries"}, "no attention is matched"),
+        ("sft-kl", {"data.lengths": "[1, 1]"}, "greater than or equal to 16"),
+    ]
+    for recipe, changes, says in cases:
+        with pytest.raises(UserError, match=says):
+            laid_eval.distill(
+                str(models["qwen3"]), str(models["teacher"]), recipe, out=tmp_path / "x", changes={**quick, **changes}
+            )
+    slower = tmp_path / "slower"
+    shutil.copytree(models["student"], slower)
+    config = json.loads((slower / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (slower / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"can't be compared: head sizes \(8 and 8\), rotary frequencies"):
+        laid_eval.distill(str(models["student"]), str(slower), "paper", out=tmp_path / "x", changes=quick)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="Sharded training"):
+        run(models, tmp_path / "x", quick)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_students_layers_that_see_a_window_are_not_matched(models, quick, tmp_path, tokenizer):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=32, pad_token_id=None,
+    )  # fmt: skip
+    with quiet():
+        MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
+        tokenizer.save_pretrained(tmp_path / "mistral")
+    with pytest.raises(UserError, match="Layer 1 of the student sees only part of the text"):
+        laid_eval.distill(
+            str(tmp_path / "mistral"), str(models["teacher"]), "sft-kl-attn", out=tmp_path / "x", changes=quick
+        )
+
+
+def test_a_half_precision_checkpoint_is_the_student_rounded_once(models, quick, tmp_path, tokenizer):
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(models["student"], dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / "half")
+        tokenizer.save_pretrained(tmp_path / "half")
+    done = laid_eval.distill(
+        str(tmp_path / "half"), str(models["teacher"]), "laid", out=tmp_path / "run", device="cpu",
+        changes={**quick, **FULL},
+    )  # fmt: skip
+    assert done.header.export["dtype"] == "bfloat16"
+    assert done.header.export["largest_difference"] < 1e-3
+    assert {t.dtype for t in weights(done.path).values()} == {torch.bfloat16}
+
+
+def test_a_disk_that_is_really_full_is_told():
+    import safetensors
+
+    error = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert train.write_failure(error) == "No space left on device (os error 28)"
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4992 vs 4884")
+    assert train.write_failure(error) == "the disk is full"
+    assert train.write_failure(RuntimeError("CUDA out of memory")) is None

@@ -15,7 +15,7 @@ from laid_eval.models.source import resolve
 
 EVERYTHING = {
     "losses.sft": "1.0", "losses.kl": "1.0", "losses.attention": "1.0", "losses.coverage": "0.1",
-    "losses.entropy": "0.1", "matching.rows": "sampled", "matching.sample": "16", "matching.layers": "all",
+    "losses.entropy": "0.1", "matching.rows": "sampled", "matching.sample": "32", "matching.layers": "all",
     "matching.heads": "all",
 }  # fmt: skip
 
@@ -29,10 +29,10 @@ def make(models, frame):
     """A student with everything a recipe asks for."""
 
     def build(recipe="laid", changes=None, student="student", teacher="teacher"):
-        plan = changed(load_recipe(recipe), {"data.lengths": "[64,96]", **(changes or {})})
+        plan = changed(load_recipe(recipe), {"data.lengths": "[160,220]", **(changes or {})})
         own, theirs = model_in(models[student]), model_in(models[teacher])
         turning, other = rotaries(own, 128), rotaries(theirs, 128)
-        pairs = choose_pairs(plan.matching, own, theirs, turning, other, (frame, frame), 0) if plan.matches else []
+        pairs = choose_pairs(plan, own, theirs, turning, other, (frame, frame), 0) if plan.matches else []
         gainable(own)
         gainable(theirs)
         theirs.requires_grad_(False)
@@ -156,7 +156,7 @@ def test_stretching_is_seen_by_the_model_and_moving_is_not(make):
 def test_rows_that_answer_are_always_matched(make):
     from laid_eval.distillation.student import rows_to_match
 
-    how = changed(load_recipe("laid"), {"matching.rows": "sampled", "matching.sample": "16"}).matching
+    how = changed(load_recipe("laid"), {"matching.rows": "sampled", "matching.sample": "32"}).matching
     answers = torch.tensor([40, 41])
     rows, weight = rows_to_match(how, 60, answers, 0, 3, 7)
     assert set(answers.tolist()) <= set(rows.tolist())
@@ -165,5 +165,11 @@ def test_rows_that_answer_are_always_matched(make):
     assert torch.equal(rows, again)
     other, _ = rows_to_match(how, 60, answers, 0, 4, 7)
     assert not torch.equal(rows, other)
+    every = torch.arange(1, 400)  # a text whose tokens are all labels is sampled too
+    for rule in ("sampled", "answers"):
+        how = changed(load_recipe("laid"), {"matching.rows": rule, "matching.sample": "32"}).matching
+        rows, weight = rows_to_match(how, 400, every, 0, 3, 7)
+        assert len(rows) == 32
+        assert float(weight.sum()) == pytest.approx(399)
     only = load_recipe("laid").matching
     assert torch.equal(rows_to_match(only, 60, answers, 0, 3, 7)[0], answers)

@@ -69,15 +69,16 @@ def rope_gain(run: LoadedDistillation | str | os.PathLike[str], ax: Axes | None 
         raise UserError(f"The distillation in '{run.path}' learned no gains; a recipe with a [gain] table does.")
     ax = ax or new_axes((7.2, 4.8))
     db = run.log_gain.mean(axis=1) * _DB
-    order = np.argsort(run.wavelength)
-    largest = max(float(np.abs(db).max()), 0.5)
+    order = np.argsort(run.wavelength[0])
+    same = bool(np.allclose(run.wavelength, run.wavelength[0], rtol=1e-5, equal_nan=True))
+    largest = max(float(np.nanmax(np.abs(db))), 0.5)
     image = ax.imshow(db[:, order], aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest, origin="lower")
     places = np.arange(0, len(order), max(len(order) // 8, 1))
-    ax.set_xticks(places, [tokens_text(w) for w in run.wavelength[order][places]])
+    ax.set_xticks(places, [tokens_text(w) for w in run.wavelength[0][order][places]])
     layers = [g.layer for g in run.header.gains]
     rows = np.arange(0, len(layers), max(len(layers) // 10, 1))
     ax.set_yticks(rows, [str(layers[i]) for i in rows])
-    ax.set_xlabel("wavelength of the rotary pair (tokens)")
+    ax.set_xlabel(f"wavelength of the rotary pair (tokens{'' if same else '; of the lowest layer, others differ'})")
     ax.set_ylabel("layer")
     sharing = "mean over heads" if run.header.sharing == "head" else "shared by heads"
     ax.set_title(f"RoPE gain of {run.header.student.name}, {sharing}", loc="left", fontsize="medium")
