@@ -1,6 +1,6 @@
 """Student, gains and mixtures as one module whose forward pass is the loss.
 
-One module owns all that trains, so optimiser, checkpoints, DDP and FSDP see all of it, and gradients are synchronised
+One module owns all that trains, so optimiser, checkpoints and DDP see all of it, and gradients are synchronised
 because the wrapper's own forward is called. The teacher is held outside the module tree: it is in no checkpoint, no
 optimiser, and never in training mode.
 

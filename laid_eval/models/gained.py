@@ -1,8 +1,8 @@
 """A model whose attention can be changed and read while it trains: gains on its queries, and taps.
 
 The model keeps the attention function it has (sdpa, flash attention, its own eager one); ours stands around it. A
-layer's `RopeGain` hangs on its attention module, so optimiser, checkpoints, data parallelism and FSDP find it as they
-find any other weight. A tap hands over the rotated queries and keys themselves, with their gradients: no scores.
+layer's `RopeGain` hangs on its attention module, so optimiser, checkpoints and data parallelism find it as they find
+any other weight. A tap hands over the rotated queries and keys themselves, with their gradients: no scores.
 
 Reading is switched on for the forward pass only: gradient checkpointing runs a layer again in the backward pass, in
 threads of its own, and what it would show then is not wanted.

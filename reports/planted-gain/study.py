@@ -175,8 +175,8 @@ def write(windows: dict, mended: dict, planted: np.ndarray) -> None:
         "What does the work: `start` solves each pair's factor in closed form (least squares between the queries of",
         "student and teacher, one pass over one text); the training after it has nothing left to gain. That needs a",
         "student whose layers correspond to the teacher's head by head, as a damaged copy's do. `gradients` is",
-        "distillation in the common sense, attention alone, from gains of 1: it brings attention near the teacher's long",
-        "before it finds the planted numbers, since pairs of one head partly stand in for each other.",
+        "distillation in the common sense, attention alone, from gains of 1: it brings attention near the teacher's",
+        "long before it finds the planted numbers, since pairs of one head partly stand in for each other.",
         "",
     ]
     for way, run in mended.items():
