@@ -164,7 +164,8 @@ def show_distillation(run: LoadedDistillation, console: Console, files: list[str
     if header.gains:
         low, high = min(g.lowest_db for g in header.gains), max(g.highest_db for g in header.gains)
         per = "by head and pair" if header.sharing == "head" else "by pair, shared by a layer's heads"
-        console.print(f"gains {per}: {low:+.1f} to {high:+.1f} dB, folded into the checkpoint")
+        shown = " to ".join(f"{round(db, 1) + 0.0:+.1f}" for db in (low, high))  # no minus zero
+        console.print(f"gains {per}: {shown} dB, folded into the checkpoint")
     if header.certificate:
         layers, drift = header.certificate["layers"], header.certificate["drift"]
         console.print(
@@ -194,5 +195,5 @@ def _terms_table(run: LoadedDistillation) -> Table:
     table.add_column("last tenth", justify="right")
     for name, last in (run.header.losses or {}).items():
         if name in run.steps:
-            table.add_row(name.replace("_", " "), f"{run.steps[name].iloc[0]:.4f}", f"{last:.4f}")
+            table.add_row(name.replace("_", " "), f"{run.steps[name].iloc[0]:.4g}", f"{last:.4g}")
     return table

@@ -186,7 +186,7 @@ def write(windows: dict, mended: dict, planted: np.ndarray) -> None:
         lines.append(
             f"- **{way}** ({'gains started by least squares on one text' if way == 'start' else 'from gains of 1'}): "
             f"{h.cost.steps} steps, {h.cost.tokens:,} tokens, {h.cost.seconds / 60:.1f} min on two cores; attention "
-            f"loss {first:.4f} at the first step, {h.losses['loss']:.4f} at the end. Certificate "
+            f"loss {first:.2g} at the first step, {h.losses['loss']:.2g} at the end. Certificate "
             f"{'passed' if h.certificate['passed'] else 'FAILED'}: queries within "
             f"{max(x['error'] for x in layers):.1e} (wrong layout {min(x['control'] for x in layers):.2f}), "
             f"log-probabilities within {drift['log_probability']:.1e} nats. The checkpoint, loaded with plain "
