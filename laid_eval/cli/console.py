@@ -48,18 +48,18 @@ class Steps(Generic[AnyStep]):
 
     def __init__(self, update: Callable[[AnyStep], None]) -> None:
         """`update` shows one step."""
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self._update = update
 
     def __call__(self, step: AnyStep) -> None:
         """One step on."""
-        self._folder = step.folder
+        self.folder = step.folder
         self._update(step)
 
     def interrupted(self) -> NoReturn:
         """Say how to go on, and exit."""
-        kept = f" What was measured is kept; the same command with --out '{self._folder}' goes on."
-        fail(f"interrupted.{kept if self._folder else ''}", 130)
+        kept = f" What was measured is kept; the same command with --out '{self.folder}' goes on."
+        fail(f"interrupted.{kept if self.folder else ''}", 130)
 
 
 def fail(message: str, code: int) -> NoReturn:

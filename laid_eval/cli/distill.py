@@ -22,6 +22,7 @@ from laid_eval.cli.console import (
     Json,
     Steps,
     TrustRemoteCode,
+    fail,
     print_run,
     stderr,
 )
@@ -63,7 +64,10 @@ def distill(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of run and checkpoint; resumed if it holds the same run.")
+        Path | None,
+        typer.Option(
+            help="Folder of run and checkpoint; resumed if it holds the same run. Default: a new one in runs/."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of samples, sampled rows and mixtures.")] = 0,
     as_json: Json = False,
@@ -99,13 +103,28 @@ def distill(
                 progress=step,
             )
         except KeyboardInterrupt:
-            step.interrupted()
+            fail(_how_to_go_on(step.folder), 130)
     if int(os.environ.get("RANK", "0")):
         return  # one of several processes: the first writes and tells
     figures = save_distillation_figures(run)
     if as_json:
         print_run(run.path, run.header)
     show_distillation(run, Console(stderr=as_json, highlight=False), [f.name for f in figures])
+
+
+def _how_to_go_on(folder: Path | None) -> str:
+    """What Ctrl-C has left of a training."""
+    if folder is None:
+        return "interrupted."
+    from laid_eval.distillation.train import newest_checkpoint, step_of
+
+    step = step_of(newest_checkpoint(folder))
+    if step:
+        return f"interrupted. The same command with --out '{folder}' goes on after step {step}."
+    return (
+        f"interrupted before the first checkpoint; the same command with --out '{folder}' starts again. How often one "
+        "is written: --set training.save_every=10."
+    )
 
 
 @contextmanager
@@ -146,9 +165,10 @@ _TERMS = ("loss", "sft", "kl", "attention", "qk")
 def show_distillation(run: LoadedDistillation, console: Console, files: list[str]) -> None:
     """The result for people: what was trained, how the terms fell, what was folded, where it lies."""
     header = run.header
-    teacher = escape(header.teacher.name) if header.teacher else "none"
+    teacher = f"teacher {escape(header.teacher.name)}" if header.teacher else "no teacher"
     console.print(
-        f"[bold]{escape(header.student.name)}[/bold], teacher {teacher}, recipe {escape(header.recipe['name'])}"
+        f"[bold]{escape(header.student.name)}[/bold], {teacher}, recipe {escape(header.recipe['name'])}, data "
+        f"{escape(header.data.split(':')[0])}"
     )
     kinds = [f"{count:,} {kind}" for kind, count in header.trained.items() if count]
     cost = header.cost
@@ -190,7 +210,8 @@ def show_distillation(run: LoadedDistillation, console: Console, files: list[str
 def _terms_table(run: LoadedDistillation) -> Table:
     """First and last values of the loss and its terms, and of the effective teacher heads."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("nats (heads: how many of the teacher's serve)")
+    heads = any(name.startswith("effective_heads") for name in run.header.losses or {})
+    table.add_column("nats; of effective heads, their number" if heads else "nats")
     table.add_column("first step", justify="right")
     table.add_column("last tenth", justify="right")
     for name, last in (run.header.losses or {}).items():

@@ -57,6 +57,8 @@ def recipes(as_json: Json = False) -> None:
         return
     table = Table("name", "what is minimised", "trains", box=None, pad_edge=False)
     for r in found:
-        trains = [*(["weights"] if r.training.weights == "all" else []), *(["gains"] if r.gain else [])]
+        learned = r.matches and r.matching.mixture != "same"
+        kinds = {"weights": r.training.weights == "all", "mixtures": learned, "gains": r.gain is not None}
+        trains = [kind for kind, there in kinds.items() if there]
         table.add_row(r.name, r.summary, ", ".join(trains))
     show(table)

@@ -90,8 +90,11 @@ def export(
             _cast(model, dtype)
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
+            umask = os.umask(0)
+            os.umask(umask)
             names = sorted(os.listdir(made), key=lambda name: name == "config.json")
             for name in names:
+                os.chmod(Path(made) / name, 0o666 & ~umask)  # safetensors leaves its files to their owner alone
                 os.replace(Path(made) / name, folder / name)
     except (OSError, SafetensorError) as error:
         _cast(model, own)

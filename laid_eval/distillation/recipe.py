@@ -244,7 +244,7 @@ def changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:
             table[field] = tomllib.loads(f"x = {text}")["x"]
         except tomllib.TOMLDecodeError:
             table[field] = text  # a bare word
-    return parse_recipe(content, f"--set {' '.join(changes)}")
+    return parse_recipe(content, "--set")
 
 
 def recipe_hash(recipe: Recipe) -> str:

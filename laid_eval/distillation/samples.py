@@ -151,6 +151,8 @@ def read_texts(file: Path, frame: Frame, longest: int) -> tuple[list[Sample], tu
             left += 1
         elif labels:
             out.append(Sample(f"line {number}", tuple(tokens), tuple(labels), np.arange(len(tokens))))
+    if not out and not left:
+        raise UserError(f"Training data '{file}' holds no text with labels; conversations need words of the assistant.")
     if not out:
         raise UserError(
             f"Training data '{file}' holds no text with labels of at most {longest} tokens ({left} are longer). Set "

@@ -143,7 +143,8 @@ def distill(
         return load_distillation(folder)
     _check_room(folder, plan, own.described)
     progress(Report(folder, "loading models"))
-    job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress)
+    notes = (f"recipe {plan.name!r} looks at no teacher: {teacher!r} was not used",) if teacher and not theirs else ()
+    job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress, notes)
     return job.carry_out(run)
 
 
@@ -177,6 +178,7 @@ class _Job:
     vocabulary: int
     source: Source
     progress: Callable[[Report], None]
+    notes: tuple[str, ...] = ()
     window: str | None = None
 
     def carry_out(self, run: DistillRun | None) -> LoadedDistillation:
@@ -356,7 +358,7 @@ class _Job:
             pairs=tuple((p.student, p.teacher) for p in pairs),
             sharing=sharing,  # type: ignore[arg-type]
             environment=environment(),
-            notes=self.source.notes,
+            notes=(*self.source.notes, *self.notes),
         )
 
 
@@ -434,7 +436,7 @@ def _resumable(
 def _fields(old: dict[str, Any], new: dict[str, Any], under: str = "recipe ") -> list[tuple[str, Any, Any]]:
     """Fields of two recipes side by side."""
     out = []
-    for name in {**old, **new}:
+    for name in [n for n in {**old, **new} if n != "summary"]:
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             out += _fields(a, b, f"{under}{name}.")

@@ -125,7 +125,7 @@ def test_long_texts_are_left_out_and_counted(tmp_path, frame):
         ("not json\n", "line 1, can't be used"),
         ('{"words": 3}\n', "line 1, can't be used"),
         ('{"messages": [{"role": "user"}]}\n', "line 1, can't be used"),
-        ("", "holds no text with labels"),
+        ("", "holds no text with labels; conversations need"),
         ('{"text": "The statue in the market square is made of glass."}\n', "holds a fact that probe 'needle' asks"),
     ],
 )

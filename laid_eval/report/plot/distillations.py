@@ -42,6 +42,7 @@ def losses(run: LoadedDistillation | str | os.PathLike[str], ax: Axes | None = N
     for name, colour in zip(shown, (CURVE, CLAIMED, *CRITERIA), strict=False):
         ax.plot(run.steps["step"], run.steps[name], color=colour, lw=1.5, label=name)
     ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     ax.set_xlabel("step of the optimiser")
     ax.set_ylabel("nats")
     name = run.header.recipe["name"]
@@ -72,7 +73,7 @@ def rope_gain(run: LoadedDistillation | str | os.PathLike[str], ax: Axes | None 
     order = np.argsort(run.wavelength[0])
     same = bool(np.allclose(run.wavelength, run.wavelength[0], rtol=1e-5, equal_nan=True))
     largest = max(float(np.nanmax(np.abs(db))), 0.5)
-    image = ax.imshow(db[:, order], aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest, origin="lower")
+    image = ax.imshow(db[:, order], aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest)
     places = np.arange(0, len(order), max(len(order) // 8, 1))
     ax.set_xticks(places, [tokens_text(w) for w in run.wavelength[0][order][places]])
     layers = [g.layer for g in run.header.gains]
