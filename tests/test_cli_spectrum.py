@@ -41,18 +41,19 @@ def test_a_run_folder_holds_numbers_tables_and_figures(done):
 
 
 @pytest.mark.slow
-def test_the_same_command_again_reads_what_is_there(done):
+def test_the_same_command_again_reads_what_is_there(done, command_line, tmp_path):
     result, folder = done
     stamp = (folder / "run.json").stat().st_mtime
     command = ["spectrum", "--model", "smollm2", "--length", "256", "--texts", "2", "--what-if", "linear:2"]
-    again = laid_eval(*command, "--out", str(folder), "--json")
+    again = command_line(*command, "--out", folder, "--json", cwd=tmp_path)
     assert json.loads(again.stdout) == json.loads(result.stdout)
     assert (folder / "run.json").stat().st_mtime == stamp
 
 
 @pytest.mark.slow
-def test_weights_only_reads_no_text(tmp_path):
-    result = laid_eval("spectrum", "--model", "smollm2", "--weights-only", "--out", str(tmp_path / "run"), "--json")
+def test_weights_only_reads_no_text(tmp_path, command_line):
+    words = ["spectrum", "--model", "smollm2", "--weights-only", "--out", tmp_path / "run", "--json"]
+    result = command_line(*words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["cost"]["tokens"] == 0

@@ -1,8 +1,6 @@
 """The study why a window ends on real models: the whole way at short lengths, and models that can't be asked."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -63,15 +61,15 @@ def test_what_is_hidden_is_unknown_and_what_is_told_is_known(readers):
 
 
 @pytest.mark.slow
-def test_from_the_command_line_to_the_figure_and_again_from_disk(tmp_path):
+def test_from_the_command_line_to_the_figure_and_again_from_disk(tmp_path, command_line):
     out = tmp_path / "run"
-    words = ["window", "--model", "smollm2", "--max-length", "768", "--budget", "1536", "--out", str(out)]
-    command = [sys.executable, "-m", "laid_eval", *words]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = ["window", "--model", "smollm2", "--max-length", "768", "--budget", "1536", "--out", out]
+    assert command_line(*command, cwd=tmp_path).returncode == 0
     before = load_run(out)
     assert before.header.why is None
     why = [*command, "--why", "--why-haystacks", "2", "--why-questions", "4", "--json"]
-    done = subprocess.run(why, check=True, capture_output=True, text=True, timeout=300)
+    done = command_line(*why, cwd=tmp_path)
+    assert done.returncode == 0
     document = json.loads(done.stdout)
     (split,) = document["why"]
     assert (split["length"], split["short_length"], split["asked"]) == (768, 256, 8)
@@ -80,7 +78,7 @@ def test_from_the_command_line_to_the_figure_and_again_from_disk(tmp_path):
     assert (out / "why.png").read_bytes().startswith(b"\x89PNG")
     assert load_run(out).trials.equals(before.trials), "the finished run was reused"
     lines = (out / "why.jsonl").read_text()
-    again = subprocess.run(why, check=True, capture_output=True, text=True, timeout=60)
+    again = command_line(*why, cwd=tmp_path)
     assert json.loads(again.stdout)["why"] == document["why"]
     assert (out / "why.jsonl").read_text() == lines
 
