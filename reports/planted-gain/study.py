@@ -204,7 +204,7 @@ def write(windows: dict, mended: dict, planted: np.ndarray) -> None:
         "",
         "Before: ![damaged](spectrum-damaged.png)",
         "",
-        "After: ![mended](spectrum-mended.png)",
+        "After (mind the axis, thousandths of a dB: rounding): ![mended](spectrum-mended.png)",
         "",
     ]
     (HERE / "README.md").write_text("\n".join(lines))
