@@ -14,12 +14,13 @@ one way alone. Reported are ratios; seconds depend on the machine.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import torch
+
+from laid_eval.models.cost import peak_memory
 
 ROWS, HEADS, CHANNELS = 128, 4, 64
 HIDDEN, VOCABULARY, LABELS = 576, (49152, 49280), 8
@@ -129,7 +130,7 @@ def once(way: str, size: int) -> dict[str, float]:
 
 def peak() -> float:
     """Peak resident memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    return peak_memory(torch.device("cpu")) / 2**20
 
 
 def apart(way: str, size: int) -> dict[str, float] | None:

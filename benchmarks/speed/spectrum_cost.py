@@ -9,7 +9,6 @@ one way alone. Reported are ratios; seconds depend on the machine.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -54,7 +53,11 @@ def once(way: str, length: int, layers: int | None, model: str) -> dict[str, flo
 
 def peak() -> float:
     """Peak resident memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    import torch
+
+    from laid_eval.models.cost import peak_memory
+
+    return peak_memory(torch.device("cpu")) / 2**20
 
 
 def apart(way: str, length: int, layers: int | None, model: str) -> dict[str, float]:

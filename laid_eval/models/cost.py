@@ -19,6 +19,7 @@ from laid_eval.models.source import quiet
 
 _GIB = 1024**3
 _CGROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: most resident memory of this process so far, or most taken from an accelerator's allocator."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.is_file():  # on Linux ru_maxrss starts at what the process that started this one had taken
+        return int(_STATUS.read_text().partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 MEMORY = """
-import resource, torch
+import torch
 from laid_eval.core import Heads, View, index_distance, octave_matching, seen_keys, sink_keys
+from laid_eval.models.cost import peak_memory
 KEYS = 8192
 own, other = ([torch.randn(1, KEYS, 16).requires_grad_(grad) for _ in "qk"] for grad in (True, False))
 def octaves(rows, keys=KEYS):
@@ -18,7 +19,7 @@ def dense():
     logs = [(q @ k.mT).log_softmax(-1) for q, k in (own, other)]  # no mask, no backward pass: at least so much
     torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory(torch.device("cpu")) / 2**20
 octaves(16, 64)
 start = peak()
 for step in (lambda: octaves(32), lambda: octaves(256), dense):  # ascending: a peak hides all smaller ones after it

@@ -374,9 +374,10 @@ def test_weights_alone_of_a_model_without_rotary_pairs_are_refused(models, tmp_p
 
 
 MEMORY = """
-import json, multiprocessing, resource, sys
+import json, multiprocessing, sys
 import psutil, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from laid_eval.models.cost import peak_memory
 from laid_eval.models.rotary import rotaries
 from laid_eval.spectrum.collect import observe_text
 
@@ -392,7 +393,7 @@ def grown(n):
     start = psutil.Process().memory_info().rss
     ids = torch.randint(3, 97, (n,)).tolist()
     observe_text(model, ids, rotaries(model, n), queries=64, seed=0, kernels=True)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
+    return peak_memory(torch.device("cpu")) - start
 
 observe_text(model, list(range(3, 90)), rotaries(model, 87), queries=64, seed=0, kernels=True)
 for n in map(int, sys.argv[1:]):  # a process each: a peak never falls
