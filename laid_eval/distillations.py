@@ -19,6 +19,10 @@ from laid_eval.runs import HEADER, read_header, validated, write_atomically
 STEPS = "steps.jsonl"
 WINDOWS = "windows.jsonl"
 GAINS = "gains.npz"
+TERMS = ("sft", "kl", "attention", "qk")
+"""Terms of the loss that compare with the teacher or the labels."""
+DECIBEL = 20 / np.log(10)
+"""Of one unit of a log gain."""
 
 
 class LayerGains(Record):
@@ -136,14 +140,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return out
-
-
-def append_line(path: Path, document: dict[str, Any]) -> None:
-    """One document more."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(document, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def keep_steps(path: Path, last: int) -> None:

@@ -77,13 +77,18 @@ def write_atomically(path: Path, content: str) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        publish(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished file, readable to whom new files are: temporary ones are their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    os.replace(temporary, path)
 
 
 def save_header(folder: Path, run: Run) -> None:
@@ -93,8 +98,13 @@ def save_header(folder: Path, run: Run) -> None:
 
 def append_trials(folder: Path, trials: Iterable[Trial], file_name: str = TRIALS) -> None:
     """Append trials and push them to the disk."""
-    with (folder / file_name).open("a", encoding="utf-8") as file:
-        file.write("".join(trial.model_dump_json() + "\n" for trial in trials))
+    append_lines(folder / file_name, (trial.model_dump_json() for trial in trials))
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines and push them to the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +81,7 @@ def distill(
             raise UserError(f"--set {text!r} is not understood. Allowed: TABLE.FIELD=VALUE, e.g. training.steps=50.")
         changes[name] = value
     # Imported here: --help needs none of it.
+    from laid_eval.distillation.processes import is_first
     from laid_eval.distillation.session import distill as run_distillation
     from laid_eval.report.plot.distillations import save_distillation_figures
 
@@ -104,7 +104,7 @@ def distill(
             )
         except KeyboardInterrupt:
             fail(_how_to_go_on(step.folder), 130)
-    if int(os.environ.get("RANK", "0")):
+    if not is_first():
         return  # one of several processes: the first writes and tells
     figures = save_distillation_figures(run)
     if as_json:
@@ -141,13 +141,15 @@ def _live() -> Iterator[Steps[Report]]:
     )
     task = bar.add_task("reading", total=None, values="")
 
+    from laid_eval.distillations import TERMS
+
     def update(report: Report) -> None:
         window = f"window {report.window}" if report.window else ""
         if report.step is None:
             bar.update(task, description=report.doing, values=window)
             return
         values = report.step.values
-        shown = [f"{n} {v:.3f}" for n, v in values.items() if n in _TERMS]
+        shown = [f"{n} {v:.3f}" for n, v in values.items() if n in ("loss", *TERMS)]
         serving = [v for n, v in values.items() if n.startswith("effective_heads")]
         shown += [f"teacher heads {sum(serving) / len(serving):.1f}"] if serving else []
         bar.update(
@@ -157,9 +159,6 @@ def _live() -> Iterator[Steps[Report]]:
 
     with bar:
         yield Steps(update)
-
-
-_TERMS = ("loss", "sft", "kl", "attention", "qk")
 
 
 def show_distillation(run: LoadedDistillation, console: Console, files: list[str]) -> None:

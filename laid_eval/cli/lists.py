@@ -34,11 +34,12 @@ def models(as_json: Json = False) -> None:
 
 def probes(as_json: Json = False) -> None:
     """List the probes: the kinds of question put to a model."""
-    from laid_eval.window.probes import load_probe, probe_hash, probe_names
+    from laid_eval.resources import content_hash
+    from laid_eval.window.probes import load_probe, probe_names
 
     found = [load_probe(name) for name in probe_names()]
     if as_json:
-        rows = [{"hash": probe_hash(p), **p.model_dump(mode="json")} for p in found]
+        rows = [{"hash": content_hash(p), **p.model_dump(mode="json")} for p in found]
         print(json.dumps(rows, indent=1))
         return
     table = Table("name", "what is asked", "choices", "from", box=None, pad_edge=False)
@@ -49,11 +50,12 @@ def probes(as_json: Json = False) -> None:
 
 def recipes(as_json: Json = False) -> None:
     """List the recipes of `laid-eval distill`."""
-    from laid_eval.distillation.recipe import load_recipe, recipe_hash, recipe_names
+    from laid_eval.distillation.recipe import load_recipe, recipe_names
+    from laid_eval.resources import content_hash
 
     found = [load_recipe(name) for name in recipe_names()]
     if as_json:
-        print(json.dumps([{"hash": recipe_hash(r), **r.model_dump(mode="json")} for r in found], indent=1))
+        print(json.dumps([{"hash": content_hash(r), **r.model_dump(mode="json")} for r in found], indent=1))
         return
     table = Table("name", "what is minimised", "trains", box=None, pad_edge=False)
     for r in found:

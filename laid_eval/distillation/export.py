@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from laid_eval.core import RopeGain
 from laid_eval.distillation.train import write_failure
-from laid_eval.distillations import GAINS, LayerGains
+from laid_eval.distillations import DECIBEL, GAINS, LayerGains
 from laid_eval.errors import UserError
 from laid_eval.models.rotary import Rotary
 from laid_eval.models.source import quiet
+from laid_eval.runs import publish
+from laid_eval.spectra import save_arrays
 
-DECIBEL = 20 / np.log(10)
 _BOUND = {torch.float64: 1e-6, torch.float32: 1e-3}  # nats; the same weights in the same type
 _LOOSE = 0.05
 
@@ -41,10 +42,7 @@ def save_gains(folder: Path, gains: dict[int, RopeGain], rotaries: Sequence[Rota
         assert rotary is not None, "only layers that rotate have gains"
         log_gain[row, :, : values.shape[1]] = values
         wavelength[row, : values.shape[1]] = rotary.wavelength
-    temporary = folder / f".{GAINS}"
-    with temporary.open("wb") as file:
-        np.savez(file, log_gain=log_gain, wavelength=wavelength, layers=np.array(layers))
-    os.replace(temporary, folder / GAINS)
+    save_arrays(folder / GAINS, {"log_gain": log_gain, "wavelength": wavelength, "layers": np.array(layers)})
     db = log_gain * DECIBEL
     return tuple(
         LayerGains(
@@ -90,12 +88,9 @@ def export(
             _cast(model, dtype)
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
-            umask = os.umask(0)
-            os.umask(umask)
             names = sorted(os.listdir(made), key=lambda name: name == "config.json")
             for name in names:
-                os.chmod(Path(made) / name, 0o666 & ~umask)  # safetensors leaves its files to their owner alone
-                os.replace(Path(made) / name, folder / name)
+                publish(Path(made) / name, folder / name)
     except (OSError, SafetensorError) as error:
         _cast(model, own)
         raise UserError(

@@ -6,8 +6,6 @@ ablation in the paper (LAid, AAAI 2026) or of ours; they differ in what the row 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from laid_eval.errors import UserError, nearest
-from laid_eval.resources import bundled
+from laid_eval.resources import bundled, declared_names, read_declaration
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, lt=10)]
@@ -187,7 +185,7 @@ class Recipe(Part):
 
 def recipe_names() -> list[str]:
     """Names of the bundled recipes."""
-    return sorted(path.stem for path in bundled("recipes").glob("*.toml"))
+    return declared_names("recipes")
 
 
 def load_recipe(name: str) -> Recipe:
@@ -205,13 +203,7 @@ def load_recipe(name: str) -> Recipe:
                 f"Unknown recipe {name!r}{nearest(name, names)}. Allowed: {', '.join(names)}, or the path of a "
                 ".toml file."
             )
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Recipe file {name!r} can't be read: {error.strerror}. Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"Recipe file {name!r} is not valid TOML: {error}.") from None
-    return parse_recipe(content, f"Recipe {name!r}")
+    return parse_recipe(read_declaration(path, f"Recipe file {name!r}"), f"Recipe {name!r}")
 
 
 def parse_recipe(content: dict[str, Any], what: str) -> Recipe:
@@ -245,12 +237,6 @@ def changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:
         except tomllib.TOMLDecodeError:
             table[field] = text  # a bare word
     return parse_recipe(content, "--set")
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """Hash of the parsed, default-filled content: comments and order of keys do not matter."""
-    content = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _explain(error: ValidationError) -> str:

@@ -21,9 +21,9 @@ from laid_eval.distillation.recipe import Data
 from laid_eval.distillation.stretch import stretched
 from laid_eval.errors import UserError
 from laid_eval.models.frame import Branch, Frame
-from laid_eval.resources import bundled
+from laid_eval.resources import bundled, content_hash, declared_names
 from laid_eval.window.haystack import Corpus, build
-from laid_eval.window.probes import Probe, load_probe, probe_hash, probe_names
+from laid_eval.window.probes import Probe, load_probe, probe_names
 from laid_eval.window.questions import Question, draw_story
 
 _LEAST_TEXT = 64  # tokens of haystack, however long the questions are
@@ -75,7 +75,7 @@ def open_source(data: Data, frame: Frame, seed: int) -> Source:
     else:
         probe = training_probe(data.source)
         corpus = training_corpus()
-        draw, name = _asked(probe, corpus, frame, data, seed), f"{probe.name}:{probe_hash(probe)}:{corpus.hash}"
+        draw, name = _asked(probe, corpus, frame, data, seed), f"{probe.name}:{content_hash(probe)}:{corpus.hash}"
     if data.stretch is None:
         return Source(draw, name, notes)
     reach = data.stretch
@@ -94,7 +94,7 @@ def training_probe(name: str) -> Probe:
     Raises:
         UserError: There is none, or it is one of the evaluation's.
     """
-    known = sorted(path.stem for path in bundled("training").glob("*.toml"))
+    known = declared_names("training")
     if name in known:
         probe = load_probe(str(bundled("training") / f"{name}.toml"))
     elif name in probe_names():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from laid_eval.core import GainNotFoldable
 from laid_eval.distillation.export import export, save_gains
+from laid_eval.distillation.folder import check_room, resumable
 from laid_eval.distillation.gain_start import start_gains
 from laid_eval.distillation.pairs import batch_of, choose_pairs, start_mixers
-from laid_eval.distillation.recipe import Recipe, changed, load_recipe, recipe_hash
-from laid_eval.distillation.samples import Sample, Samples, Source, open_source
+from laid_eval.distillation.processes import is_first, processes
+from laid_eval.distillation.recipe import Recipe, changed, load_recipe
+from laid_eval.distillation.samples import Source, open_source
+from laid_eval.distillation.sides import Side, find_side, own_device, readable, shared_tokens
 from laid_eval.distillation.student import Pair, Student, Teacher, checkpoint_layers
 from laid_eval.distillation.train import StepReport, newest_checkpoint, step_of, train, trained
 from laid_eval.distillations import (
@@ -31,7 +34,6 @@ from laid_eval.distillations import (
     DistillRun,
     LoadedDistillation,
     StepWindow,
-    append_line,
     keep_steps,
     load_distillation,
     read_lines,
@@ -39,15 +41,14 @@ from laid_eval.distillations import (
 )
 from laid_eval.environment import environment
 from laid_eval.errors import UserError
-from laid_eval.models.cost import empty_model, peak_memory
+from laid_eval.models.cost import peak_memory
 from laid_eval.models.fold import fold, write_certificate
 from laid_eval.models.fold_sites import fold_sites
-from laid_eval.models.frame import Frame, frame_of
 from laid_eval.models.gained import add_gains, drop_gains, gainable, gains_of
-from laid_eval.models.load import Described, LoadedModel, describe, load, load_failure
+from laid_eval.models.load import LoadedModel, load
 from laid_eval.models.rotary import Rotary, rotaries
-from laid_eval.models.source import quiet, resolve
-from laid_eval.runs import HEADER, run_folder
+from laid_eval.resources import content_hash
+from laid_eval.runs import append_lines, run_folder
 from laid_eval.window.model_reader import ModelReader
 from laid_eval.window.session import measure_window
 
@@ -63,15 +64,6 @@ class Report:
     step: StepReport | None = None
     window: str | None = None
     """The last quick estimate."""
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One of the two models before its weights are loaded."""
-
-    described: Described
-    tokenizer: PreTrainedTokenizerBase
-    frame: Frame
 
 
 def distill(
@@ -120,7 +112,7 @@ def distill(
         raise UserError(f"--seed must lie between 0 and {2**32 - 1}, got {seed}.")
     if plan.needs_teacher and teacher is None:
         raise UserError(f"Recipe {plan.name!r} learns from a teacher. Name one: --teacher.")
-    if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if out is None and processes() > 1:
         raise UserError("Several processes need one folder to share: pass --out.")
     if not (find_spec("tensorboard") and find_spec("peft")):
         raise UserError('Training needs what `pip install "laid-eval[distill]"` brings: tensorboard and peft.')
@@ -129,41 +121,25 @@ def distill(
             "Sharded training (FSDP, DeepSpeed) is not supported yet: mixtures, gains and export need whole weights. "
             "Use data parallelism (accelerate launch --multi_gpu), training.checkpointing=true, or weights=lora."
         )
-    device = _own_device(device)
+    device = own_device(device)
     load_options = (trust_remote_code, allow_pickle)
-    own = _side(student, revision, "float32", device, *load_options)
-    theirs = _side(teacher, teacher_revision, dtype, device, *load_options) if teacher and plan.needs_teacher else None
-    vocabulary = _shared(own, theirs) if theirs else 0
+    own = find_side(student, revision, "float32", device, *load_options)
+    theirs = (
+        find_side(teacher, teacher_revision, dtype, device, *load_options) if teacher and plan.needs_teacher else None
+    )
+    vocabulary = shared_tokens(own, theirs) if theirs else 0
     source = open_source(plan.data, own.frame, seed)
     if theirs:
-        source = replace(source, samples=_readable(source.samples, vocabulary))
+        source = replace(source, samples=readable(source.samples, vocabulary))
     folder = run_folder(out, own.described.info.name, "distill")
-    run = _resumable(folder, own, theirs, plan, source, seed)
+    run = resumable(folder, own, theirs, plan, source, seed)
     if run and run.status == "complete" and any(folder.glob("model*.safetensors")):
         return load_distillation(folder)
-    _check_room(folder, plan, own.described)
+    check_room(folder, plan, own)
     progress(Report(folder, "loading models"))
     notes = (f"recipe {plan.name!r} looks at no teacher: {teacher!r} was not used",) if teacher and not theirs else ()
     job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress, notes)
     return job.carry_out(run)
-
-
-def shared_vocabulary(own: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> int:
-    """Tokens that mean the same in both, from the first.
-
-    Raises:
-        UserError: One means something else; names the first.
-    """
-    words = [{i: w for w, i in t.get_vocab().items()} for t in (own, theirs)]
-    size = min(max(side) + 1 for side in words)
-    for i in range(size):
-        if words[0].get(i) != words[1].get(i):
-            raise UserError(
-                f"The tokenizers differ: token {i} is {words[0].get(i)!r} to the student and {words[1].get(i)!r} to "
-                "the teacher. They must share a tokenizer, as models of one family do; with another teacher only the "
-                "recipe `sft` can be used."
-            )
-    return size
 
 
 @dataclass
@@ -173,8 +149,8 @@ class _Job:
     folder: Path
     recipe: Recipe
     seed: int
-    own: _Side
-    theirs: _Side | None
+    own: Side
+    theirs: Side | None
     vocabulary: int
     source: Source
     progress: Callable[[Report], None]
@@ -183,9 +159,9 @@ class _Job:
 
     def carry_out(self, run: DistillRun | None) -> LoadedDistillation:
         """Load, train, export; the run is saved at every stage."""
-        own = load(self.own.described)
+        own = load(self.own.described, self.own.tokenizer)
         model = own.model
-        teacher = load(self.theirs.described).model if self.theirs else None
+        teacher = load(self.theirs.described, self.theirs.tokenizer).model if self.theirs else None
         length = self.recipe.data.stretch or self.recipe.data.lengths[1]
         turning = rotaries(model, length)
         pairs = self._pairs(model, teacher, turning, length)
@@ -203,7 +179,7 @@ class _Job:
         frozen = Teacher(teacher, self.vocabulary) if teacher is not None else None
         student = Student(model, frozen, self.recipe, pairs, mixers, self.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
-        first = int(os.environ.get("RANK", "0")) == 0
+        first = is_first()
         run = run or self._header(own, trained(student), pairs, sharing)
         if first:
             save_distillation(self.folder, run)
@@ -272,7 +248,8 @@ class _Job:
         def report(step: StepReport) -> None:
             nonlocal started
             now = time.perf_counter()
-            append_line(steps, {"step": step.step, **step.values, "seconds": round(now - started, 3)})
+            line = {"step": step.step, **step.values, "seconds": round(now - started, 3)}
+            append_lines(steps, [json.dumps(line, allow_nan=False)])
             started = now
             self.progress(Report(self.folder, "training", step, self.window))
 
@@ -300,7 +277,7 @@ class _Job:
         if run.windows:
             w = run.window()
             found = StepWindow(step=step, text=str(w), length=w.length, low=w.low, high=w.high)
-            append_line(self.folder / WINDOWS, found.model_dump(mode="json"))
+            append_lines(self.folder / WINDOWS, [found.model_dump_json()])
             self.window = str(w)
 
     def _export(
@@ -313,7 +290,7 @@ class _Job:
     ) -> DistillRun:
         model.eval()
         gains, certificate = None, None
-        dtype = _export_type(self.own.described)
+        dtype = self.own.checkpoint_dtype
         if sharing is not None:
             gains = save_gains(self.folder, gains_of(model), turning)
             try:
@@ -350,29 +327,16 @@ class _Job:
             student=own.info,
             teacher=self.theirs.described.info if self.theirs else None,
             recipe=self.recipe.model_dump(mode="json"),
-            recipe_hash=recipe_hash(self.recipe),
+            recipe_hash=content_hash(self.recipe),
             data=self.source.name,
             seed=self.seed,
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            processes=processes(),
             trained=counts,
             pairs=tuple((p.student, p.teacher) for p in pairs),
             sharing=sharing,  # type: ignore[arg-type]
             environment=environment(),
             notes=(*self.source.notes, *self.notes),
         )
-
-
-def _side(
-    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool
-) -> _Side:
-    source = resolve(name, revision, allow_pickle, trust_remote_code)
-    described = describe(source, dtype, device, None, trust_remote_code, allow_pickle)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a broken checkpoint makes the library raise
-        raise UserError(load_failure(source, error)) from None
-    return _Side(described, tokenizer, frame_of(tokenizer))
 
 
 def _add_adapter(model: PreTrainedModel, recipe: Recipe, seed: int) -> Any:
@@ -390,112 +354,7 @@ def _add_adapter(model: PreTrainedModel, recipe: Recipe, seed: int) -> Any:
     return adapter
 
 
-def _export_type(described: Described) -> torch.dtype:
-    """That of the student's own checkpoint."""
-    own = getattr(described.config, "dtype", None)
-    return own if isinstance(own, torch.dtype) else torch.float32
-
-
 def _last_losses(lines: list[dict[str, Any]]) -> dict[str, float]:
     last = lines[-max(len(lines) // 10, 1) :]
     names = [n for n in last[-1] if n not in ("step", "seconds", "tokens", "gamma", "gradient")]
     return {n: sum(line[n] for line in last) / len(last) for n in names if not n.startswith("rate_")}
-
-
-def _resumable(
-    folder: Path, own: _Side, theirs: _Side | None, recipe: Recipe, source: Source, seed: int
-) -> DistillRun | None:
-    """The header of an earlier run in `folder` that these settings continue, or `None` where there is none.
-
-    Raises:
-        UserError: The folder holds something else; the field is named.
-    """
-    if not (folder / HEADER).is_file():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"'{folder}' is not empty and holds no distillation. Give --out a new folder.")
-        return None
-    earlier = load_distillation(folder).header
-    pairs = [
-        ("student", earlier.student.fingerprint, own.described.info.fingerprint),
-        ("teacher", earlier.teacher and earlier.teacher.fingerprint, theirs and theirs.described.info.fingerprint),
-        ("the teacher's dtype", earlier.teacher and earlier.teacher.dtype, theirs and theirs.described.info.dtype),
-        *_fields(earlier.recipe, recipe.model_dump(mode="json")),
-        ("data", earlier.data, source.name),
-        ("seed", earlier.seed, seed),
-        ("processes", earlier.processes, int(os.environ.get("WORLD_SIZE", "1"))),
-    ]
-    for name, old, new in pairs:
-        if old != new:
-            raise UserError(
-                f"'{folder}' holds a distillation with {name} = {old!r}, asked was {new!r}. Give the same options to "
-                "resume it, or another --out."
-            )
-    return earlier
-
-
-def _fields(old: dict[str, Any], new: dict[str, Any], under: str = "recipe ") -> list[tuple[str, Any, Any]]:
-    """Fields of two recipes side by side."""
-    out = []
-    for name in [n for n in {**old, **new} if n != "summary"]:
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += _fields(a, b, f"{under}{name}.")
-        else:
-            out.append((f"{under}{name}", a, b))
-    return out
-
-
-def _own_device(asked: str) -> str:
-    """This process's accelerator where several share a machine.
-
-    Raises:
-        UserError: One was named that Trainer would not take.
-    """
-    if asked.startswith("cuda:") and asked != "cuda:0":
-        index = asked.removeprefix("cuda:")
-        raise UserError(f"Training runs on the first accelerator it sees: CUDA_VISIBLE_DEVICES={index} instead.")
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is not None and asked in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(rank))
-        return f"cuda:{rank}"
-    return asked
-
-
-def _shared(own: _Side, theirs: _Side) -> int:
-    """Tokens that both models can read and predict, from the first."""
-    rows = [int(side.described.text_config.vocab_size) for side in (own, theirs)]
-    return min(shared_vocabulary(own.tokenizer, theirs.tokenizer), *rows)
-
-
-def _readable(samples: Samples, vocabulary: int) -> Samples:
-    """The same samples, refused where the teacher lacks a token."""
-
-    def draw(number: int) -> Sample:
-        sample = samples(number)
-        if max(sample.tokens) >= vocabulary:
-            raise UserError(
-                f"Training text {sample.id!r} holds token {max(sample.tokens)}, which the teacher lacks (it has "
-                f"{vocabulary:,}). Take that text out, or use a teacher with the student's tokens."
-            )
-        return sample
-
-    return draw
-
-
-def _check_room(folder: Path, recipe: Recipe, described: Described) -> None:
-    """Refuse before training where the checkpoints will not fit on the disk.
-
-    Raises:
-        UserError: Says what is needed and what is free.
-    """
-    parameters = sum(p.numel() for p in empty_model(described).parameters())
-    trained = parameters if recipe.training.weights == "all" else parameters // 10
-    # Two checkpoints and one being written, each with weights and both moments of AdamW in float32; the exported model.
-    needed = 4 * 3 * 3 * trained + parameters * _export_type(described).itemsize + 2**24
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(
-            f"--out '{folder}' has {free / 2**30:.1f} GiB free; checkpoints and export take about "
-            f"{needed / 2**30:.1f} GiB. Make room or choose another folder."
-        )

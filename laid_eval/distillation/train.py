@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from laid_eval.distillation.processes import processes
 from laid_eval.distillation.recipe import Recipe
 from laid_eval.distillation.samples import Samples
 from laid_eval.distillation.student import Batch, Student
@@ -231,7 +231,7 @@ def trained(student: Student) -> dict[str, int]:
 def arguments(recipe: Recipe, folder: Path, seed: int, cpu: bool) -> TrainingArguments:
     """Trainer's settings for a recipe."""
     t = recipe.training
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = processes() > 1
     schedule = "constant_with_warmup" if t.schedule == "constant" else t.schedule
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -349,8 +349,8 @@ def _check_readable(checkpoint: Path) -> None:
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, weights_only=True, map_location="cpu")
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        for name in [f"rng_state_{k}.pth" for k in range(processes)] if processes > 1 else ["rng_state.pth"]:
+        count = processes()
+        for name in [f"rng_state_{k}.pth" for k in range(count)] if count > 1 else ["rng_state.pth"]:
             if not zipfile.is_zipfile(checkpoint / name):
                 raise ValueError(name)
     except Exception as error:  # whatever a damaged file makes the libraries raise

@@ -31,6 +31,7 @@ from transformers.masking_utils import (
     prepare_padding_mask,
 )
 
+from laid_eval.core.heads import wide
 from laid_eval.errors import UserError
 from laid_eval.models.source import quiet
 
@@ -323,11 +324,6 @@ def _ready_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
         return seen[:, :1, q.flatten()][..., kv.flatten()]
 
     return Mask(predicate, query.shape[0], n, k, 0, 0, mask is None and causal and n == k, False, query.device)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 where it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 AttentionInterface.register(NAME, _attention)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laid_eval.core import FoldSite, GainNotFoldable, RopeGain, fold_gain
+from laid_eval.core.heads import wide
 from laid_eval.errors import UserError
-from laid_eval.models.capture import wide
 from laid_eval.models.gained import attention_modules
 from laid_eval.models.rotary import Rotary
 from laid_eval.models.trial import (

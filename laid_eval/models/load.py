@@ -110,16 +110,33 @@ def describe(
     return Described(source, config, kind, where, rope_scaling, trust_remote_code, allow_pickle)
 
 
-def load(described: Described) -> LoadedModel:
-    """Load weights and tokenizer.
+def load_tokenizer(described: Described) -> PreTrainedTokenizerBase:
+    """Load the tokenizer alone.
+
+    Raises:
+        UserError: It can't be loaded.
+    """
+    source = described.source
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=described.trust_remote_code
+            )
+    except Exception as error:  # whatever a broken checkpoint makes the library raise
+        raise UserError(load_failure(source, error)) from None
+    return tokenizer
+
+
+def load(described: Described, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
+    """Load weights and tokenizer; one already loaded is taken as it is.
 
     Raises:
         UserError: The weights can't be loaded, or the model sees later tokens (it is not causal).
     """
     source = described.source
+    tokenizer = tokenizer or load_tokenizer(described)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=described.trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 config=described.config,

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from laid_eval.core.heads import wide
 from laid_eval.errors import UserError
-from laid_eval.models.capture import Call, capture, wide
+from laid_eval.models.capture import Call, capture
 from laid_eval.models.source import quiet
 
 _TEXT = 48  # tokens of the text that is moved

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laid_eval.core import RopeGain
-from laid_eval.models.capture import Call, capture, wide
+from laid_eval.core.heads import wide
+from laid_eval.models.capture import Call, capture
 from laid_eval.models.gained import attention_modules
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from laid_eval.models.capture import ROWS, Call, wide
+from laid_eval.core.heads import wide
+from laid_eval.models.capture import ROWS, Call
 from laid_eval.models.rotary import Rotary
 from laid_eval.spectrum.layout import BANDS, SINKS, log_distances, stationary_width
 

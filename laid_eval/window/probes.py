@@ -6,9 +6,6 @@ four shapes of task below are all the code knows.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Formatter
@@ -17,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from laid_eval.errors import UserError, nearest
-from laid_eval.resources import bundled
+from laid_eval.resources import bundled, declared_names, read_declaration
 
 
 class Declared(BaseModel):
@@ -191,7 +188,7 @@ def _answers(answers: Sequence[str], field: str, least: int) -> None:
 
 def probe_names() -> list[str]:
     """Names of the bundled probes."""
-    return sorted(path.stem for path in bundled("probes").glob("*.toml"))
+    return declared_names("probes")
 
 
 def load_probe(name: str) -> Probe:
@@ -211,12 +208,7 @@ def load_probe(name: str) -> Probe:
                 f"Unknown probe {name!r}{nearest(name, names)}. "
                 f"Allowed: {', '.join(names)}, all, or the path of a .toml file."
             )
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Probe file {name!r} can't be read: {error.strerror}. Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"Probe file {name!r} is not valid TOML: {error}.") from None
+    content = read_declaration(path, f"Probe file {name!r}")
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
@@ -232,12 +224,6 @@ def load_probes(names: Sequence[str]) -> list[Probe]:
         if seen.count(name) > 1:
             raise UserError(f"Two probes are called {name!r}; give each file's `name` once.")
     return probes
-
-
-def probe_hash(probe: Probe) -> str:
-    """Hash of the parsed, default-filled content: comments and order of keys do not matter."""
-    content = json.dumps(probe.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _explain(content: dict[str, Any], error: ValidationError) -> str:

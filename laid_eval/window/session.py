@@ -12,11 +12,12 @@ from laid_eval.environment import environment
 from laid_eval.errors import UserError
 from laid_eval.models.reference import REFERENCES
 from laid_eval.records import ModelInfo, Run, Settings
+from laid_eval.resources import content_hash
 from laid_eval.runs import LoadedRun, load_run, run_folder
 from laid_eval.window.curve import parse_criterion
 from laid_eval.window.haystack import Corpus, load_corpus
 from laid_eval.window.measure import measure, resumable
-from laid_eval.window.probes import Probe, load_probes, probe_hash
+from laid_eval.window.probes import Probe, load_probes
 from laid_eval.window.readers import Reader
 from laid_eval.window.reading import Progress
 from laid_eval.window.why_measure import WhyOptions, answered, check_options, explain_run
@@ -237,7 +238,7 @@ def _settings(
     rule = parse_criterion(criterion, base)
     return Settings(
         probes=tuple(probe.name for probe in probes),
-        probe_hashes={probe.name: probe_hash(probe) for probe in probes},
+        probe_hashes={probe.name: content_hash(probe) for probe in probes},
         haystack=corpus.name,
         haystack_hash=corpus.hash,
         min_length=min_length,

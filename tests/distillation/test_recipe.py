@@ -3,7 +3,8 @@
 import pytest
 
 from laid_eval import UserError
-from laid_eval.distillation.recipe import changed, load_recipe, recipe_hash, recipe_names
+from laid_eval.distillation.recipe import changed, load_recipe, recipe_names
+from laid_eval.resources import content_hash
 
 
 def test_the_ablation_is_whole():
@@ -68,7 +69,7 @@ def test_fields_are_set_anew_and_checked():
     recipe = load_recipe("sft")
     new = changed(recipe, {"training.steps": "7", "data.source": "mine.jsonl", "gain.sharing": "layer"})
     assert (new.training.steps, new.data.source, new.gain.sharing) == (7, "mine.jsonl", "layer")
-    assert recipe_hash(new) != recipe_hash(recipe)
-    assert recipe_hash(changed(recipe, {"training.steps": str(recipe.training.steps)})) == recipe_hash(recipe)
+    assert content_hash(new) != content_hash(recipe)
+    assert content_hash(changed(recipe, {"training.steps": str(recipe.training.steps)})) == content_hash(recipe)
     with pytest.raises(UserError, match=r"unknown field 'training.stesp' \(did you mean 'steps'\?\)"):
         changed(recipe, {"training.stesp": "7"})

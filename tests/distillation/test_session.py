@@ -159,7 +159,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path):
 
 def test_a_full_disk_is_told_before_and_during(models, quick, tmp_path, monkeypatch):
     room = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(session.shutil, "disk_usage", lambda _: room._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=1000))
     with pytest.raises(UserError, match=r"has 0.0 GiB free; checkpoints and export take about"):
         run(models, tmp_path / "a", quick, "sft")
     assert not (tmp_path / "a").exists()

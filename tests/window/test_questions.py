@@ -8,9 +8,10 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 from laid_eval.errors import UserError
+from laid_eval.resources import content_hash
 from laid_eval.window.haystack import Corpus, build, check_long_enough, load_corpus, pick_by_depth
 from laid_eval.window.plan import STRATA, coarse_cuts, length_grid
-from laid_eval.window.probes import load_probe, load_probes, probe_hash, probe_names
+from laid_eval.window.probes import load_probe, load_probes, probe_names
 from laid_eval.window.questions import draw_story
 
 PROBES = ["needle", "multikey", "multihop", "aggregate", "association"]
@@ -246,7 +247,7 @@ def test_a_probe_of_the_users_is_accepted_by_path(tmp_path):
     probe = load_probe(str(file))
     assert (probe.name, probe.choices, probe.min_length) == ("mine", 2, 256)
     file.write_text("# a comment\n" + GOOD + "\n")
-    assert probe_hash(load_probe(str(file))) == probe_hash(probe)
+    assert content_hash(load_probe(str(file))) == content_hash(probe)
 
 
 @pytest.mark.parametrize(

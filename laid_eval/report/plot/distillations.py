@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from laid_eval.distillations import LoadedDistillation, load_distillation
+from laid_eval.distillations import DECIBEL, TERMS, LoadedDistillation, load_distillation
 from laid_eval.errors import UserError
 from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, save_figure, tokens_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_TERMS = ("sft", "kl", "attention", "qk")
-_DB = 20 / np.log(10)
 
 
 def losses(run: LoadedDistillation | str | os.PathLike[str], ax: Axes | None = None) -> Axes:
@@ -36,7 +33,7 @@ def losses(run: LoadedDistillation | str | os.PathLike[str], ax: Axes | None = N
     if run.steps.empty:
         raise UserError(f"'{run.path}' holds no steps yet; let the distillation go on first.")
     ax = ax or new_axes((7.2, 4.2))
-    shown = [name for name in _TERMS if name in run.steps and (run.steps[name] > 0).any()]
+    shown = [name for name in TERMS if name in run.steps and (run.steps[name] > 0).any()]
     if len(shown) != 1:
         ax.plot(run.steps["step"], run.steps["loss"].clip(lower=1e-12), color=INK, lw=2, label="loss (weighted sum)")
     for name, colour in zip(shown, (CURVE, CLAIMED, *CRITERIA), strict=False):
@@ -69,7 +66,7 @@ def rope_gain(run: LoadedDistillation | str | os.PathLike[str], ax: Axes | None 
     if run.log_gain is None or run.wavelength is None or not run.header.gains:
         raise UserError(f"The distillation in '{run.path}' learned no gains; a recipe with a [gain] table does.")
     ax = ax or new_axes((7.2, 4.8))
-    db = run.log_gain.mean(axis=1) * _DB
+    db = run.log_gain.mean(axis=1) * DECIBEL
     order = np.argsort(run.wavelength[0])
     same = bool(np.allclose(run.wavelength, run.wavelength[0], rtol=1e-5, equal_nan=True))
     largest = max(float(np.nanmax(np.abs(db))), 0.5)
