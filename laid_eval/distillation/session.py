@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from laid_eval.core import GainNotFoldable
@@ -24,9 +24,19 @@ from laid_eval.distillation.pairs import batch_of, choose_pairs, start_mixers
 from laid_eval.distillation.processes import is_first, processes
 from laid_eval.distillation.recipe import Recipe, changed, load_recipe
 from laid_eval.distillation.samples import Source, open_source
+from laid_eval.distillation.shards import sharding_asked
 from laid_eval.distillation.sides import Side, find_side, own_device, readable, shared_tokens
 from laid_eval.distillation.student import Pair, Student, Teacher, checkpoint_layers
-from laid_eval.distillation.train import StepReport, newest_checkpoint, step_of, train, trained
+from laid_eval.distillation.train import (
+    StepReport,
+    kind_of,
+    newest_checkpoint,
+    put_trained,
+    step_of,
+    train,
+    trained,
+    trained_weights,
+)
 from laid_eval.distillations import (
     STEPS,
     WINDOWS,
@@ -116,11 +126,7 @@ def distill(
         raise UserError("Several processes need one folder to share: pass --out.")
     if not (find_spec("tensorboard") and find_spec("peft")):
         raise UserError('Training needs what `pip install "laid-eval[distill]"` brings: tensorboard and peft.')
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError(
-            "Sharded training (FSDP, DeepSpeed) is not supported yet: mixtures, gains and export need whole weights. "
-            "Use data parallelism (accelerate launch --multi_gpu), training.checkpointing=true, or weights=lora."
-        )
+    sharding_asked()
     device = own_device(device)
     load_options = (trust_remote_code, allow_pickle)
     own = find_side(student, revision, "float32", device, *load_options)
@@ -172,10 +178,9 @@ class _Job:
             teacher.requires_grad_(False)
         sample = self.source.samples(0)
         mixers = start_mixers(self.recipe, pairs, model, teacher, sample, self.seed) if teacher and pairs else []
-        self._prepare(model, turning, sharing, pairs)
+        adapter = self._prepare(model, turning, sharing, pairs)
         if teacher is not None and self.recipe.gain and self.recipe.gain.start == "queries":
             start_gains(model, teacher, pairs, batch_of(sample, model.device))
-        adapter = _add_adapter(model, self.recipe, self.seed) if self.recipe.training.weights == "lora" else None
         frozen = Teacher(teacher, self.vocabulary) if teacher is not None else None
         student = Student(model, frozen, self.recipe, pairs, mixers, self.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -183,10 +188,23 @@ class _Job:
         run = run or self._header(own, trained(student), pairs, sharing)
         if first:
             save_distillation(self.folder, run)
-        self._train(student, own, first)
+
+        def anew(weights: dict[str, Tensor]) -> tuple[PreTrainedModel, Any]:
+            """The student as trained so far, whole: where training holds it in shards."""
+            model = load(self.own.described, self.own.tokenizer).model
+            gainable(model)
+            adapter = self._prepare(model, turning, sharing, pairs)
+            put_trained(model, {n.removeprefix("model."): w for n, w in weights.items() if kind_of(n) != "mixtures"})
+            return model, adapter
+
+        self._train(student, own, first, anew)
         if not first:
             return load_distillation(self.folder)
         self.progress(Report(self.folder, "folding and writing the checkpoint", window=self.window))
+        if sharding_asked():
+            last = newest_checkpoint(self.folder)
+            assert last is not None, "training ends with one"
+            model, adapter = anew(trained_weights(last))
         if adapter is not None:
             model = adapter.merge_and_unload()
         run = self._export(run, model, turning, sharing, sample.tokens[:_PROBE_TOKENS])
@@ -229,15 +247,23 @@ class _Job:
 
     def _prepare(
         self, model: PreTrainedModel, turning: list[Rotary | None], sharing: str | None, pairs: list[Pair]
-    ) -> None:
+    ) -> Any:
+        """Give a model its gains and its adapter, which is returned if there is one."""
         model.requires_grad_(self.recipe.training.weights == "all")
         if sharing is not None:
             layers = self._gain_layers(turning, pairs)
             add_gains(model, {i: r for i in layers if (r := turning[i]) is not None}, sharing == "layer")
         if self.recipe.training.checkpointing:
             checkpoint_layers(model)
+        return _add_adapter(model, self.recipe, self.seed) if self.recipe.training.weights == "lora" else None
 
-    def _train(self, student: Student, own: LoadedModel, first: bool) -> None:
+    def _train(
+        self,
+        student: Student,
+        own: LoadedModel,
+        first: bool,
+        anew: Callable[[dict[str, Tensor]], tuple[PreTrainedModel, Any]],
+    ) -> None:
         """Train; steps and windows are appended to the folder's files as they come."""
         steps, last = self.folder / STEPS, newest_checkpoint(self.folder)
         if first:
@@ -254,26 +280,31 @@ class _Job:
             self.progress(Report(self.folder, "training", step, self.window))
 
         every = self.recipe.training.window_every
-        each = (every, lambda step: self._measure(student, own, step)) if every else None
+
+        def measure(step: int, weights: dict[str, Tensor] | None) -> None:
+            model = anew(weights)[0] if weights is not None else student.model
+            self._measure(replace(own, model=model), step)
+
+        each = (every, measure) if every else None
         train(
             student, self.recipe, self.source.samples, self.folder, resume=last, seed=self.seed,
             cpu=own.model.device.type == "cpu", report=report, each=each,
         )  # fmt: skip
 
-    def _measure(self, student: Student, own: LoadedModel, step: int) -> None:
+    def _measure(self, student: LoadedModel, step: int) -> None:
         """A quick window of the student as it is now; random states are left as they were."""
         length = self.recipe.training.window_length
-        training = student.training
-        student.eval()
+        training = student.model.training
+        student.model.eval()
         try:
             with torch.random.fork_rng():
-                reader = ModelReader(LoadedModel(student.model, own.tokenizer, own.info), length)
+                reader = ModelReader(student, length)
                 run = measure_window(
                     reader, "needle", out=self.folder / "windows" / f"step-{step:06d}", max_length=length,
                     budget=3 * length, seed=self.seed,
                 )  # fmt: skip
         finally:
-            student.train(training)
+            student.model.train(training)
         if run.windows:
             w = run.window()
             found = StepWindow(step=step, text=str(w), length=w.length, low=w.low, high=w.high)

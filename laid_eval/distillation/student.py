@@ -107,6 +107,7 @@ class Student(nn.Module):
         """
         super().__init__()
         self.model = model
+        self._no_split_modules = sorted(getattr(model, "_no_split_modules", None) or ())  # layers: FSDP's units
         self.mixers = nn.ModuleDict({p.name: m for p, m in zip(pairs, mixers, strict=True) if m is not None})
         self.recipe = recipe
         self.pairs = tuple(pairs)
@@ -124,7 +125,7 @@ class Student(nn.Module):
         numbers: Tensor,
         step: int = 0,
     ) -> dict[str, Any]:
-        """`loss` (scalar, to be minimised) and `terms` (name to float, unweighted, nats)."""
+        """`loss` (scalar, to be minimised) and `terms` (name to float: unweighted, nats; heads that serve)."""
         batch = Batch(input_ids, attention_mask, position_ids, labels, numbers)
         recipe, losses = self.recipe, self.recipe.losses
         (teacher,) = self._outside
@@ -159,12 +160,13 @@ class Student(nn.Module):
             terms.setdefault("coverage", []).append(mixer.coverage())
             terms.setdefault("entropy", []).append(mixer.entropy())  # cheap, and worth seeing where they weigh nothing
         means = {name: torch.stack(values).mean() for name, values in terms.items()}
+        # every layer's output has a gradient, whatever the terms look at: sharded weights are gathered at its coming
         total = sum((getattr(losses, name) * mean for name, mean in means.items()), hidden.sum() * 0.0)
-        return {"loss": total, "terms": {name: float(mean.detach()) for name, mean in means.items()} | {"gamma": gamma}}
-
-    def effective_heads(self) -> dict[str, float]:
-        """Teacher heads that serve, by pair of layers."""
-        return {name: m.effective_heads() for name, m in self.mixers.items() if isinstance(m, HeadMixer)}
+        told = {name: float(mean.detach()) for name, mean in means.items()} | {"gamma": gamma}
+        for name, mixer in self.mixers.items():  # in here, where mixtures that are sharded are whole
+            assert isinstance(mixer, HeadMixer)
+            told[f"effective_heads_{name}"] = mixer.effective_heads()
+        return {"loss": total, "terms": told}
 
     def _matched(
         self,

@@ -27,14 +27,18 @@ from transformers.trainer_callback import PrinterCallback
 from laid_eval.distillation.processes import processes
 from laid_eval.distillation.recipe import Recipe
 from laid_eval.distillation.samples import Samples
+from laid_eval.distillation.shards import fill, optimizer_state, restore_optimizer, sharding_asked, whole_weights
 from laid_eval.distillation.student import Batch, Student
 from laid_eval.errors import UserError
 from laid_eval.models.gained import GAIN
 from laid_eval.models.source import quiet
 
-WEIGHTS = "model.safetensors"  # the name Trainer looks for
+# The names Trainer looks for
+WEIGHTS, OPTIMIZER, SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.pt"
 _LOWER = 'Lower the rates in [training], or try precision = "float32".'
 _GAIN_EPSILON = 1e-5  # gradients of a log gain that matters are a hundred times this
+EachStep = Callable[[int, dict[str, Tensor] | None], None]
+"""Given a step, and what trains as `whole_weights` has it where the module's own lies in shards."""
 DONE = "complete"  # marks a checkpoint that was written to its end
 
 
@@ -90,6 +94,9 @@ class LaidTrainer(Trainer):
     """Trainer that takes the loss from the module, three kinds of parameters, and checkpoints of what trains."""
 
     recipe: Recipe
+    model: Any  # never `None` here, as are those below in training
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
         """As Trainer, with the recipe."""
@@ -122,7 +129,7 @@ class LaidTrainer(Trainer):
         if self.optimizer is None:
             rates = self.recipe.training
             groups: dict[str, list[nn.Parameter]] = {"weights": [], "mixtures": [], "gains": []}
-            for name, parameter in _of(model or self.model):
+            for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
                     groups[kind_of(name)].append(parameter)
             settings = {
@@ -138,25 +145,39 @@ class LaidTrainer(Trainer):
                     if parameters
                 ]
             )
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # order is the samples' own affair
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {n: p.detach().cpu().contiguous() for n, p in _of(self.model) if p.requires_grad}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains; all processes gather, the first one writes."""
+        tensors = whole_weights(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        tensors = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        own = {n: p for n, p in _of(model or self.model) if p.requires_grad}
-        if set(own) != set(tensors) or any(own[n].shape != t.shape for n, t in tensors.items()):
-            raise UserError(f"Checkpoint '{resume_from_checkpoint}' is of another student or recipe.")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+        put_trained(model or self.model, trained_weights(Path(resume_from_checkpoint)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer_state(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (torch.load(Path(checkpoint) / n, weights_only=True) for n in (OPTIMIZER, SCHEDULER))
+        restore_optimizer(self.model, self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(schedule)
 
 
 class _Log(TrainerCallback):
@@ -175,9 +196,6 @@ class _Log(TrainerCallback):
         if not math.isfinite(values["gradient"]):
             raise UserError(f"The gradient is not finite at step {state.global_step}. {_LOWER}")
         values |= self._trainer.rates
-        student = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        for name, heads in student.effective_heads().items():
-            values[f"effective_heads_{name}"] = heads
         sums.clear()
         logs.update({k: v for k, v in values.items() if k not in logs})  # TensorBoard shows them too
         self._report(StepReport(state.global_step, state.max_steps, values))
@@ -196,17 +214,33 @@ class _Mark(TrainerCallback):
 class _EachStep(TrainerCallback):
     """Calls something after every so many steps, on the first process."""
 
-    def __init__(self, every: int, call: Callable[[int], None]) -> None:
-        self._every, self._call = every, call
+    def __init__(self, trainer: LaidTrainer, every: int, call: EachStep) -> None:
+        self._trainer, self._every, self._call = trainer, every, call
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and (state.global_step % self._every == 0):
-            self._call(state.global_step)
+        if state.global_step % self._every:
+            return
+        weights = whole_weights(self._trainer.model) if self._trainer.is_fsdp_enabled else None
+        if state.is_world_process_zero:
+            self._call(state.global_step, weights)
 
 
-def _of(module: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
-    """Parameters by name, tied ones once."""
-    return [] if module is None else list(module.named_parameters())
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What trains, as a checkpoint holds it."""
+    return load_file(checkpoint / WEIGHTS)
+
+
+def put_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Set what trains to a checkpoint's values.
+
+    Raises:
+        UserError: The checkpoint is of another student or recipe.
+    """
+    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if set(own) != set(tensors) or any(own[n].shape != t.shape for n, t in tensors.items()):
+        raise UserError("The checkpoint to resume from is of another student or recipe. Give --out a new folder.")
+    for name, parameter in own.items():
+        fill(parameter, tensors[name])
 
 
 def kind_of(name: str) -> str:
@@ -271,7 +305,7 @@ def train(
     seed: int,
     cpu: bool,
     report: Callable[[StepReport], None],
-    each: tuple[int, Callable[[int], None]] | None = None,
+    each: tuple[int, EachStep] | None = None,
 ) -> None:
     """Train to the end.
 
@@ -284,23 +318,25 @@ def train(
         seed: Of all that is random in training.
         cpu: Stay on the CPU.
         report: Called after every step, on the first process.
-        each: (K, call): `call(step)` after every K steps, on the first process.
+        each: (K, call): `call` after every K steps, on the first process.
 
     Raises:
-        UserError: A loss that is not finite, no room on the disk.
+        UserError: A loss that is not finite, no room on the disk, shards where accelerate makes none.
     """
     args = arguments(recipe, folder, seed, cpu)
     texts = recipe.training.steps * recipe.training.batch * recipe.training.accumulation * args.world_size
     trainer = LaidTrainer(
         model=student, args=args, train_dataset=Numbered(samples, texts), data_collator=padded, recipe=recipe
     )
+    if sharding_asked() and not trainer.is_fsdp_enabled:
+        raise UserError("Accelerate shards on accelerators only, and not in one process. Leave FSDP out here.")
     trainer.remove_callback(PrinterCallback)  # it prints on stdout
     if args.process_index == 0:
         trainer.callback_handler.callbacks.insert(0, _Log(trainer, report))  # before TensorBoard's, which shows it
         trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard"))))
     trainer.add_callback(_Mark())
     if each:
-        trainer.add_callback(_EachStep(*each))
+        trainer.add_callback(_EachStep(trainer, *each))
     try:
         with quiet():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -345,8 +381,8 @@ def step_of(checkpoint: Path | None) -> int:
 
 def _check_readable(checkpoint: Path) -> None:
     try:
-        load_file(checkpoint / WEIGHTS)
-        for name in ("optimizer.pt", "scheduler.pt"):
+        trained_weights(checkpoint)
+        for name in (OPTIMIZER, SCHEDULER):
             torch.load(checkpoint / name, weights_only=True, map_location="cpu")
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         count = processes()
