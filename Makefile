@@ -4,13 +4,14 @@ BIN := .venv/bin
 RUN ?= runs/smollm2
 READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install window test lint self-check bench-speed study-planted-gain clean
+.PHONY: help install window test lint self-check bench-speed study-planted-gain pocket clean
 
 help:
 	@echo "make window      measure the context window of SmolLM2-135M (about 7 minutes on two cores)"
 	@echo "make test        lint, types and tests, the real model included"
 	@echo "make self-check  measure readers with known windows, 300 runs of each kind"
 	@echo "make bench-speed what the window, spectra and distillation cost, side by side with the usual ways"
+	@echo "make pocket      train the pocket vision-language models again (about an hour on two cores)"
 	@echo "make study-planted-gain  a window taken away on purpose, and given back by distillation (about half an hour)"
 
 install: $(READY)
@@ -43,6 +44,9 @@ bench-speed: install
 
 study-planted-gain: install
 	$(BIN)/python reports/planted-gain/study.py
+
+pocket: install
+	$(BIN)/python reports/pocket/train.py
 
 clean:
 	rm -rf .venv runs

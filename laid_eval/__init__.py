@@ -9,6 +9,10 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from laid_eval.models.torchvision_mend import mend_torchvision
+
+mend_torchvision()  # here, before anything of ours imports transformers
+
 if TYPE_CHECKING:
     from laid_eval.distillation.session import distill
     from laid_eval.distillations import DistillRun, LoadedDistillation, load_distillation

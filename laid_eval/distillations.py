@@ -72,6 +72,8 @@ class DistillRun(Record):
     """Source of the samples and a hash of its content."""
     seed: int
     processes: int = 1
+    sharded: bool = False
+    """Weights lay in shards on the processes (FSDP)."""
     trained: dict[str, int]
     """Parameters that train: `weights`, `gains`, `mixtures`."""
     pairs: tuple[tuple[int, int], ...]

@@ -202,6 +202,17 @@ class ModelInfo(Record):
     """`forked` (one prefill, many questions) or `whole prompts: <why>`."""
 
 
+class ImageExtent(Record):
+    """What a picture takes in the context of a model."""
+
+    width: int
+    """Pixels."""
+    height: int
+    tokens: int
+    positions: int
+    """RoPE positions by which it moves what follows; fewer than tokens where it counts by its longer side."""
+
+
 class Settings(Record):
     """Everything that decides which questions are asked. Two runs with equal settings are comparable."""
 
@@ -258,6 +269,8 @@ class Run(Record):
     """Versions, platform, device, git commit of the tool."""
     windows: tuple[WindowEstimate, ...] = ()
     curves: tuple[Curve, ...] = ()
+    image: ImageExtent | None = None
+    """What a picture takes, where lengths are counted in images of one size."""
     why: tuple[Why, ...] | None = None
     """Why the window of each probe ends; `None` where it was not asked."""
     cost: Cost = Cost()

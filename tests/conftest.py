@@ -1,5 +1,10 @@
 import os
 
+# isort: off
+import laid_eval  # noqa: F401  # before transformers: it mends torchvision where that is needed
+
+# isort: on
+
 import pytest
 
 # No test asks a hub for anything: what is not on this machine is not there.

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # The long commands, cut short; nothing else is changed.
 SHORT = ["--max-length", "1200", "--budget", "1200"]
+SHORT_IMAGES = ["--max-length", "8", "--budget", "1000"]
 SHORT_ALL = ["--max-length", "2300", "--budget", "2300"]  # `aggregate` starts at 1,024 tokens
 
 SHORT_DISTILL = ["--set", "training.steps=1", "--set", "training.accumulation=1", "--set", "data.lengths=[150,200]"]
@@ -36,7 +37,7 @@ def block(mark, language):
     return re.search(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, re.S).group(1)
 
 
-MARKS = ("tested", "tested: why", "tested: spectrum", "tested: distill")
+MARKS = ("tested", "tested: vision", "tested: why", "tested: spectrum", "tested: distill")
 COMMANDS = [line.split("#")[0].strip() for mark in MARKS for line in block(mark, "bash").splitlines()]
 
 
@@ -46,7 +47,8 @@ def test_every_command_runs(command, tmp_path, command_line):
     program, *words = shlex.split(command)
     assert program == ".venv/bin/laid-eval"
     if words[0] == "window":
-        words += [*(SHORT_ALL if "all" in words else SHORT), *(SHORT_WHY if "--why" in words else [])]
+        short = SHORT_ALL if "all" in words else SHORT_IMAGES if "pocket-student" in words else SHORT
+        words += [*short, *(SHORT_WHY if "--why" in words else [])]
     if words[0] == "distill":
         words += [*SHORT_DISTILL, "--set", "training.weights=lora"]  # optimiser states of all weights take a minute
     if words[0] == "spectrum":
@@ -71,11 +73,12 @@ def test_the_probe_of_the_readme_works(tmp_path):
     assert run.trials["chance"].eq(0.25).all()
 
 
-def test_the_table_is_that_of_the_run_it_shows():
-    run = laid_eval.load_run(ROOT / "reports" / "smollm2-window")
+@pytest.mark.parametrize("name", ["smollm2-window", "pocket-window"])
+def test_the_table_is_that_of_the_run_it_shows(name):
+    run = laid_eval.load_run(ROOT / "reports" / name)
     out = io.StringIO()
     show_window(run, Console(file=out, width=110, highlight=False), ["trials.jsonl", "window.png", "depth.png"])
-    shown = block("run: reports/smollm2-window", "console").split("\n", 1)[1]
+    shown = block(f"run: reports/{name}", "console").split("\n", 1)[1]
     tidy = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("run:")]
     given = [line.rstrip() for line in shown.splitlines() if not line.startswith("run:")]
     assert given == tidy

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from transformers import PreTrainedModel
 
 from laid_eval.models.fork import ForkedText
 from laid_eval.models.frame import Branch
@@ -31,6 +30,9 @@ from laid_eval.models.source import resolve
 from laid_eval.runs import load_run
 from laid_eval.window.model_reader import ModelReader
 from laid_eval.window.session import measure_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HAYSTACK = 2  # the first one in the bracket where the curve falls: what most of a measurement consists of
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from laid_eval.core import Heads, View, distance_weight, index_distance, octave_matching, seen_keys, sink_keys
 from laid_eval.models.capture import Call, capture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NEAR, FAR = range(1, 5), range(7, 10)  # octaves: distances up to 14 tokens; from 63 tokens
 LOSSES = {

@@ -11,9 +11,9 @@ from laid_eval.cli.console import Json, show
 
 def models(as_json: Json = False) -> None:
     """List the reference models: real models that can be had without a model hub."""
-    from laid_eval.models.reference import REFERENCES, install_hint, installed_file
+    from laid_eval.models.reference import BUNDLED, REFERENCES, install_hint, installed_file
 
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             "name": r.name,
             "summary": r.summary,
@@ -22,6 +22,9 @@ def models(as_json: Json = False) -> None:
             "install": install_hint(r),
         }
         for r in REFERENCES
+    ]
+    rows += [
+        {"name": b.name, "summary": b.summary, "hub_id": None, "installed": True, "install": None} for b in BUNDLED
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -44,7 +47,8 @@ def probes(as_json: Json = False) -> None:
         return
     table = Table("name", "what is asked", "choices", "from", box=None, pad_edge=False)
     for p in found:
-        table.add_row(p.name, p.summary, str(p.choices), f"{p.min_length} tokens")
+        unit = p.unit if p.min_length > 1 else p.unit.removesuffix("s")
+        table.add_row(p.name, p.summary, str(p.choices), f"{p.min_length} {unit}")
     show(table)
 
 

@@ -34,6 +34,7 @@ from laid_eval.cli.why import show_why
 from laid_eval.errors import UserError
 
 if TYPE_CHECKING:
+    from laid_eval.records import ImageExtent, WindowEstimate
     from laid_eval.runs import LoadedRun
     from laid_eval.window.reading import Progress as Step
     from laid_eval.window.session import Quote
@@ -63,9 +64,12 @@ def window(
         typer.Option(help="What is asked: a name from `laid-eval probes`, a .toml file, or `all`. Repeatable."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest context, tokens. Default: 1.5 x the claimed length.")
+        int | None,
+        typer.Option(help="Longest context, tokens or images. Default: 1.5 x the claimed length; 150 images."),
     ] = None,
-    min_length: Annotated[int | None, typer.Option(help="Shortest context, tokens. Default: the probe's.")] = None,
+    min_length: Annotated[
+        int | None, typer.Option(help="Shortest context, tokens or images. Default: the probe's.")
+    ] = None,
     precision: Annotated[
         float, typer.Option(help="Stop when the interval is this narrow, in octaves (doublings).")
     ] = 0.5,
@@ -116,6 +120,7 @@ def window(
         raise UserError(f"--{next(iter(chosen)).replace('_', '-')} only means something with --why; add it.")
     # Imported here: --help needs none of it.
     from laid_eval.report.plot.causes import save_why
+    from laid_eval.report.plot.pictures import save_pictures
     from laid_eval.report.plot.windows import save_figures
     from laid_eval.runs import TRIALS, WHY
     from laid_eval.window.session import measure_window
@@ -148,7 +153,7 @@ def window(
             )
         except KeyboardInterrupt:
             step.interrupted()
-    figures = [*save_figures(run), *save_why(run)]
+    figures = [*save_figures(run), *save_why(run), *save_pictures(run)]
     if as_json:
         print_run(run.path, run.header)
     files = [TRIALS, *([WHY] if run.header.why else []), *(f.name for f in figures)]
@@ -185,7 +190,7 @@ def _live() -> Iterator[tuple[Callable[[Quote], None], Steps[Step]]]:
             task,
             total=step.budget,
             completed=min(step.used, step.budget),
-            description=f"{step.probe}, haystack {step.haystack + 1}: {step.length:,}/{step.longest:,} tokens, "
+            description=f"{step.probe}, haystack {step.haystack + 1}: {step.length:,}/{step.longest:,} {step.unit}, "
             f"{step.questions} answers",
             estimate=window,
         )
@@ -227,6 +232,8 @@ def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
             f"{first.chance:.3g}; {first.trials} questions on {first.haystacks} haystack{plural}"
             f"{effect}; method: {first.method}"
         )
+        if header.image:
+            console.print(_in_tokens(first, header.image))
         if header.stopped and name in header.stopped:
             console.print(f"stopped because {header.stopped[name]}")
         console.print()
@@ -242,6 +249,18 @@ def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
     for note in header.notes:
         console.print(f"note: {escape(note)}")
     console.print(f"run: {escape(str(run.path))} ({', '.join(['run.json', *files])})", soft_wrap=True)
+
+
+def _in_tokens(window: WindowEstimate, image: ImageExtent) -> str:
+    """The window in images said in the two other measures of a context."""
+    size = f"an image of {image.width} x {image.height} pixels takes {image.tokens} tokens and moves on by "
+    size += f"{image.positions} RoPE positions"
+    if window.length is None:
+        return size
+    return (
+        f"{size}: {window.length * image.tokens:,.0f} tokens, {window.length * image.positions:,.0f} positions "
+        f"({window.criterion})"
+    )
 
 
 def _self_check(runs: int, seed: int, as_json: bool) -> None:

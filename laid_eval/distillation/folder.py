@@ -9,6 +9,7 @@ from typing import Any
 from laid_eval.distillation.processes import processes
 from laid_eval.distillation.recipe import Recipe
 from laid_eval.distillation.samples import Source
+from laid_eval.distillation.shards import sharding_asked
 from laid_eval.distillation.sides import Side
 from laid_eval.distillations import DistillRun, load_distillation
 from laid_eval.errors import UserError
@@ -37,6 +38,7 @@ def resumable(
         ("data", earlier.data, source.name),
         ("seed", earlier.seed, seed),
         ("processes", earlier.processes, processes()),
+        ("shards (FSDP)", earlier.sharded, sharding_asked()),
     ]
     for name, old, new in pairs:
         if old != new:

@@ -19,6 +19,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from laid_eval.errors import UserError
 
+_ROUNDED = (
+    "{} would round gains, mixtures and the loss in shards to half precision. Use float32, or data parallelism without "
+    "FSDP."
+)
+
+
+def refuse_rounded(precision: str) -> None:
+    """Refuse a recipe whose shards would be cast before they are used.
+
+    Raises:
+        UserError: It trains in half precision.
+    """
+    if precision != "float32":
+        raise UserError(_ROUNDED.format(f'training.precision = "{precision}"'))
+
 
 def sharding_asked() -> bool:
     """Accelerate's configuration asks for shards, in a way that training here can follow.
@@ -33,6 +48,11 @@ def sharding_asked() -> bool:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"FSDP version {version} is not supported. Set fsdp_version: 2 in accelerate's configuration.")
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if policy != "TRANSFORMER_BASED_WRAP":
+        raise UserError(f"FSDP's {policy} would tear tied weights apart. Use TRANSFORMER_BASED_WRAP.")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise UserError(_ROUNDED.format("mixed_precision in accelerate's configuration"))
     if _on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UserError(
             "fsdp_activation_checkpointing would run layers anew out of our sight. Set it to false in accelerate's "

@@ -107,7 +107,8 @@ class Student(nn.Module):
         """
         super().__init__()
         self.model = model
-        self._no_split_modules = sorted(getattr(model, "_no_split_modules", None) or ())  # layers: FSDP's units
+        there = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = sorted(there & set(getattr(model, "_no_split_modules", None) or ()))  # FSDP's units
         self.mixers = nn.ModuleDict({p.name: m for p, m in zip(pairs, mixers, strict=True) if m is not None})
         self.recipe = recipe
         self.pairs = tuple(pairs)

@@ -153,6 +153,8 @@ class LaidTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains; all processes gather, the first one writes."""
+        if not self.is_fsdp_enabled and not self.args.should_save:
+            return
         tensors = whole_weights(self.model)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))

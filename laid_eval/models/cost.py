@@ -7,14 +7,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from laid_eval.errors import UserError
-from laid_eval.models.load import Described, load_failure
+from laid_eval.models.load import Described, load_failure, takes_pictures
 from laid_eval.models.source import quiet
 
 _GIB = 1024**3
@@ -63,9 +64,8 @@ def empty_model(described: Described) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"), quiet():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                described.config, trust_remote_code=described.trust_remote_code
-            )
+            maker: Any = AutoModelForImageTextToText if takes_pictures(described) else AutoModelForCausalLM
+            model: PreTrainedModel = maker.from_config(described.config, trust_remote_code=described.trust_remote_code)
     except Exception as error:  # a configuration that describes no causal language model of the library
         raise UserError(load_failure(described.source, error)) from None
     return model
@@ -122,8 +122,8 @@ def needed_memory(shape: Shape, length: int, chunk: int) -> int:
     return int(weights + cache + copies + mask + work)
 
 
-def check_memory(described: Described, shape: Shape, length: int, chunk: int) -> None:
-    """Refuse a length before anything is allocated.
+def check_memory(described: Described, shape: Shape, length: int, chunk: int, each: int = 1) -> None:
+    """Refuse a length of so many tokens before anything is allocated; a unit of `--max-length` takes `each`.
 
     Raises:
         UserError: More is needed than is free; names the longest length that fits.
@@ -136,7 +136,7 @@ def check_memory(described: Described, shape: Shape, length: int, chunk: int) ->
     per_token = (needed - least) / length
     fits = int((free - least) / per_token)
     room = (
-        f"The most that fits is about {fits:,} tokens: --max-length {fits // 256 * 256}."
+        f"The most that fits is about {fits:,} tokens: --max-length {fits // each if each > 1 else fits // 256 * 256}."
         if fits >= 512
         else "The weights alone are too large: take a smaller model or --dtype bfloat16."
     )

@@ -35,7 +35,7 @@ from laid_eval.models.rotary import Rotary
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _LOOSE = 0.25  # nats; half precision rounds differently in differently shaped products
-_FAILURES = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+FAILURES = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
 
 Span = tuple[int, int]
 """Slots from the first to before the second."""
@@ -249,12 +249,8 @@ def _branches_apart(
         del ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
-def why_not_forked(model: PreTrainedModel, longest: int) -> str | None:
-    """The reason why a model must be asked with whole prompts; `None` where forks equal them.
-
-    Decided by trying: the two ways are compared on a short text (and by the one thing a short text can't show,
-    rotary embeddings that change with the length).
-    """
+def why_rope_changes(model: PreTrainedModel, longest: int) -> str | None:
+    """The reason why what was read early would have to be read anew at `longest` tokens; `None` where there is none."""
     config = model.config.get_text_config(decoder=True)
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = {p["rope_type"]: p for p in [ropes, *ropes.values()] if isinstance(p, dict) and "rope_type" in p}
@@ -262,6 +258,19 @@ def why_not_forked(model: PreTrainedModel, longest: int) -> str | None:
         original = kinds[kind].get("original_max_position_embeddings") or config.max_position_embeddings
         if longest > original:
             return f"its rotary embedding ({kind}) changes with the length of the prompt"
+    return None
+
+
+def why_not_forked(model: PreTrainedModel, longest: int) -> str | None:
+    """The reason why a model must be asked with whole prompts; `None` where forks equal them.
+
+    Decided by trying: the two ways are compared on a short text (and by the one thing a short text can't show,
+    rotary embeddings that change with the length).
+    """
+    reason = why_rope_changes(model, longest)
+    if reason:
+        return reason
+    config = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(0)
     window = getattr(config, "sliding_window", None) or 0
     size = 48 + (window if window <= 512 else 0)
@@ -278,13 +287,10 @@ def why_not_forked(model: PreTrainedModel, longest: int) -> str | None:
             forked.read(ids[at : at + 20])
         forked.ask(branches)
         found = forked.ask(branches)
-    except _FAILURES as error:
+    except FAILURES as error:
         return f"its cache can't be forked ({type(error).__name__})"
     expected = whole.ask(branches)
-    gap = _gap(found, expected)
-    if gap > _TOLERANCE.get(model.dtype, _LOOSE):
-        return f"forks of its cache differ from whole prompts (by {gap:.2g} nats)"
-    return None
+    return why_different(model, found, expected)
 
 
 def why_not_moved(model: PreTrainedModel, rotaries: Sequence[Rotary | None]) -> str | None:
@@ -304,14 +310,22 @@ def why_not_moved(model: PreTrainedModel, rotaries: Sequence[Rotary | None]) -> 
         far = text.ask(branches, at=[len(ids) + 100])
         text.move([10.5] * len(ids), rotaries)
         found = text.ask(branches, at=[len(ids) + 10.5])
-    except _FAILURES as error:
+    except FAILURES as error:
         return f"its positions can't be chosen freely ({type(error).__name__})"
     if _gap(far, expected) == 0:
         return "its answers do not depend on position ids"
     gap = _gap(found, expected)
-    if gap > _TOLERANCE.get(model.dtype, _LOOSE):
+    if not gap <= _TOLERANCE.get(model.dtype, _LOOSE):
         return f"text and question moved alike give other answers (by {gap:.2g} nats)"
     return None
+
+
+def why_different(model: PreTrainedModel, found: list[list[float]], expected: list[list[float]]) -> str | None:
+    """The reason why answers on forks are not those to whole prompts; `None` where they are, up to rounding."""
+    gap = _gap(found, expected)
+    if gap <= _TOLERANCE.get(model.dtype, _LOOSE):
+        return None
+    return f"forks of its cache differ from whole prompts (by {gap:.2g} nats)"
 
 
 def _gap(found: list[list[float]], expected: list[list[float]]) -> float:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from laid_eval.errors import UserError
@@ -59,6 +64,15 @@ class Described:
             device=self.device.type,
             rope_scaling=self.rope_scaling,
         )
+
+
+@dataclass(frozen=True)
+class LoadedVision:
+    """A vision-language model ready to see."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    info: ModelInfo
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,73 @@ def load(described: Described, tokenizer: PreTrainedTokenizerBase | None = None)
     return LoadedModel(model, tokenizer, info)
 
 
+def load_vision(described: Described) -> LoadedVision:
+    """Load weights and processor of a model that takes pictures.
+
+    Raises:
+        UserError: It takes none, or can't be loaded.
+    """
+    source = described.source
+    processor = load_processor(described)
+    try:
+        with quiet():
+            model = AutoModelForImageTextToText.from_pretrained(
+                source.folder,
+                config=described.config,
+                dtype=described.dtype,
+                trust_remote_code=described.trust_remote_code,
+                use_safetensors=None if described.allow_pickle else True,
+            )
+        torch.nn.Module.to(model, described.device)
+    except Exception as error:  # whatever a broken checkpoint makes the library raise
+        raise UserError(load_failure(source, error)) from None
+    model.eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    has_template = bool(getattr(processor, "chat_template", None))
+    info = described.info.model_copy(update={"parameters": parameters, "chat_template": has_template})
+    return LoadedVision(model, processor, info)
+
+
+def load_processor(described: Described) -> ProcessorMixin:
+    """Load what makes pictures and words into a model's inputs.
+
+    Raises:
+        UserError: The model takes no pictures, or its processor can't be loaded.
+    """
+    refuse_without_vision(described)
+    try:
+        with quiet():
+            processor: ProcessorMixin = AutoProcessor.from_pretrained(
+                described.source.folder, trust_remote_code=described.trust_remote_code
+            )
+    except Exception as error:  # whatever a broken checkpoint makes the library raise
+        raise UserError(load_failure(described.source, error)) from None
+    return processor
+
+
+def takes_pictures(described: Described) -> bool:
+    """The configuration is one of transformers' image-text-to-text models."""
+    return type(described.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def refuse_without_vision(described: Described) -> None:
+    """Refuse a model that takes no pictures.
+
+    Raises:
+        UserError: It takes none; or what reads pictures is not installed.
+    """
+    name = described.source.name
+    if not takes_pictures(described):
+        raise UserError(
+            f"Model {name!r} ({described.config.model_type}) takes no pictures. Use a text probe (laid-eval probes), "
+            "or a vision-language model."
+        )
+    if find_spec("torchvision") is None:
+        raise UserError(
+            'Pictures need what `pip install "laid-eval[vision]"` brings: torchvision and OpenMoji\'s font.'
+        )
+
+
 def scale_rope(config: PreTrainedConfig, text: str) -> None:
     """Change a configuration as `yarn:2` says; the claimed length grows by the factor (not for `dynamic`).
 
@@ -187,8 +268,9 @@ def scale_rope(config: PreTrainedConfig, text: str) -> None:
         "factor": factor,
         "original_max_position_embeddings": original,
     }
-    if "partial_rotary_factor" in own:
-        changed["partial_rotary_factor"] = own["partial_rotary_factor"]
+    for kept in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
+        if kept in own:
+            changed[kept] = own[kept]
     if kind != "yarn":
         del changed["original_max_position_embeddings"]
     inner.rope_parameters = {**rope, "full_attention": changed} if nested else changed

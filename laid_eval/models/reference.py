@@ -31,6 +31,24 @@ REFERENCES = (
 )
 
 
+@dataclass(frozen=True)
+class Bundled:
+    """A model that comes with this package."""
+
+    name: str
+    summary: str
+
+    @property
+    def folder(self) -> Path:
+        """Its checkpoint."""
+        return Path(__file__).parent / "pocket" / self.name
+
+
+BUNDLED = (
+    Bundled("pocket-student", "a tiny Qwen2.5-VL, trained on haystacks of up to 20 drawn pictures; 0.8M parameters"),
+)
+
+
 def installed_file(reference: Reference) -> Path | None:
     """The weights in the installed package, without importing it; `None` where it is not installed."""
     spec = importlib.util.find_spec(reference.package)

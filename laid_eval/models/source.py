@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from laid_eval.errors import UserError, nearest
-from laid_eval.models.reference import REFERENCES, install_hint, installed_file
+from laid_eval.models.reference import BUNDLED, REFERENCES, install_hint, installed_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +58,9 @@ def resolve(
     if revision and not hub:
         raise UserError(f"--revision is for Hub ids (org/name); {name!r} is none.")
     patterns = [*_WANTED, *(["*.bin"] if allow_pickle else []), *(["*.py"] if trust_remote_code else [])]
+    for bundled in BUNDLED:
+        if name == bundled.name:
+            return _from_folder(name, bundled.folder, "comes with laid-eval", allow_pickle)
     for reference in REFERENCES:
         if name == reference.name:
             file = installed_file(reference)
@@ -75,7 +78,7 @@ def resolve(
         return _from_folder(path.resolve().name, path, "local folder", allow_pickle)
     if hub:
         return _from_hub(name, name, revision, patterns)
-    known = [reference.name for reference in REFERENCES]
+    known = [model.name for model in (*REFERENCES, *BUNDLED)]
     raise UserError(
         f"Unknown model {name!r}{nearest(name, known)}. It is no reference model ({', '.join(known)}), no folder, "
         "no .gguf file, and no Hub id (org/name)."

@@ -7,7 +7,7 @@ estimate, bit for bit, as a run that was never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laid_eval.errors import UserError
@@ -16,6 +16,7 @@ from laid_eval.runs import drop_torn_line, load_header, load_trials, save_header
 from laid_eval.window.curve import CRITERIA, Criterion, parse_criterion
 from laid_eval.window.estimate import FEWEST_TRIALS, curve_of, fit_trials, windows_of
 from laid_eval.window.haystack import Corpus, check_long_enough
+from laid_eval.window.picture_reading import read_pictures
 from laid_eval.window.plan import (
     COARSE,
     FEWEST,
@@ -25,8 +26,8 @@ from laid_eval.window.plan import (
     length_grid,
     refined_cuts,
 )
-from laid_eval.window.probes import Probe
-from laid_eval.window.readers import Reader
+from laid_eval.window.probes import Probe, ScenesProbe, TextProbe
+from laid_eval.window.readers import PictureReader, Reader
 from laid_eval.window.reading import Progress, State, check_room, read_haystack
 
 
@@ -38,9 +39,9 @@ def criteria(settings: Settings) -> list[Criterion]:
 
 
 def measure(
-    reader: Reader,
-    probes: list[Probe],
-    corpus: Corpus,
+    reader: Reader | PictureReader,
+    probes: Sequence[Probe],
+    corpus: Corpus | None,
     run: Run,
     folder: Path,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -50,7 +51,7 @@ def measure(
     Args:
         reader: What is measured.
         probes: The questions, in the order of `run.settings.probes`.
-        corpus: The filler text.
+        corpus: The filler text; `None` for pictures.
         run: Header of a new or an unfinished run in `folder`.
         folder: The run folder; exists.
         progress: Called after every chunk read and every cut point asked.
@@ -66,9 +67,10 @@ def measure(
     settings = run.settings
     known = {trial.id: trial for trial in load_trials(folder)}
     state = State(reader, corpus, settings, folder, known, progress, seconds=run.cost.seconds)
-    note = check_long_enough(corpus, state.encode, settings.max_length)
+    note = check_long_enough(corpus, state.encode, settings.max_length) if corpus else None
     for probe in probes:
-        check_room(state, probe)
+        if isinstance(probe, TextProbe):
+            check_room(state, probe)
     stops: dict[str, str] = {}
     run = run.model_copy(update={"notes": (*run.notes, *([note] if note else []))})
 
@@ -106,7 +108,10 @@ def _measure_probe(state: State, probe: Probe, budget: int, save: Callable[[], o
         step = _next(state, probe, grid, haystack, budget)
         if step.stop:
             return step.stop
-        read_haystack(state, probe, haystack, step.cuts)
+        if isinstance(probe, ScenesProbe):
+            read_pictures(state, probe, haystack, step.cuts)
+        else:
+            read_haystack(state, probe, haystack, step.cuts)
         haystack += 1
         _fit(state, probe)
         save()
@@ -121,7 +126,9 @@ def _fit(state: State, probe: Probe) -> None:
         fit = fit_trials(table, settings.seed)
         state.fits[probe.name] = fit
         rule = criteria(settings)[:1]
-        found = windows_of(fit, rule, confidence=settings.confidence, seed=settings.seed, probe=probe.name)
+        found = windows_of(
+            fit, rule, confidence=settings.confidence, seed=settings.seed, probe=probe.name, unit=probe.unit
+        )
         state.estimate = found[0]
 
 
@@ -148,6 +155,7 @@ def _next(state: State, probe: Probe, grid: list[int], haystack: int, budget: in
     # Asking costs little where a haystack is read once, and nearly everything where each question reads it again.
     places = {(t.haystack, t.length) for t in trials}
     expected = cuts[-1] if state.forks else len(trials) / max(len(places), 1) * sum(cuts)
+    expected *= state.image.tokens if state.image else 1
     if haystack and state.used + expected > budget:
         return Next(stop="what is left of the budget does not reach through another text")
     return Next(cuts=tuple(cuts))
@@ -164,7 +172,7 @@ def _precise_enough(estimate: WindowEstimate, settings: Settings) -> str | None:
     return None
 
 
-def _header(run: Run, state: State, probes: list[Probe], stops: dict[str, str], status: Status) -> Run:
+def _header(run: Run, state: State, probes: Sequence[Probe], stops: dict[str, str], status: Status) -> Run:
     """The header with estimates of all that was measured, costs and notes."""
     windows: list[WindowEstimate] = []
     curves: list[Curve] = []
@@ -177,7 +185,9 @@ def _header(run: Run, state: State, probes: list[Probe], stops: dict[str, str], 
             notes.append(f"{failed} trial(s) of {probe.name} failed and count neither as right nor as wrong")
         fit = state.fits.get(probe.name)
         if fit:
-            windows += windows_of(fit, criteria(settings), confidence=confidence, seed=seed, probe=probe.name)
+            windows += windows_of(
+                fit, criteria(settings), confidence=confidence, seed=seed, probe=probe.name, unit=probe.unit
+            )
             curves.append(curve_of(fit, confidence=confidence, seed=seed, probe=probe.name))
     cost = Cost(
         prefill_tokens=state.prefill,
@@ -193,6 +203,7 @@ def _header(run: Run, state: State, probes: list[Probe], stops: dict[str, str], 
             "stopped": stops or None,
             "windows": tuple(windows),
             "curves": tuple(curves),
+            "image": state.image,
             "cost": cost,
             "notes": tuple(dict.fromkeys(notes)),
         }

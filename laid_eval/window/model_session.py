@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from PIL.Image import new
+
 from laid_eval.models.cost import Shape, check_memory, needed_memory, shape_of, speed_test
-from laid_eval.models.load import Described, describe, load
+from laid_eval.models.load import Described, describe, load, load_processor, load_vision
+from laid_eval.models.picture_frame import picture_frame
 from laid_eval.models.source import resolve
 from laid_eval.records import ModelInfo, Settings
 from laid_eval.window.model_reader import ModelReader
+from laid_eval.window.picture_reader import ModelPictureReader
+from laid_eval.window.probes import ScenesProbe
+from laid_eval.window.scenes import Scene, draw
 from laid_eval.window.session import Quote
 
 QUESTIONS = 60
@@ -28,28 +34,48 @@ class Prepared:
         """Its record so far."""
         return self.described.info
 
-    def check_memory(self, length: int, chunk: int) -> None:
+    def check_memory(self, length: int, chunk: int, each: int) -> None:
         """Refuse a length that does not fit; see `models.cost.check_memory`."""
-        check_memory(self.described, self.shape, length, chunk)
+        check_memory(self.described, self.shape, length, chunk, each)
 
-    def quote(self, settings: Settings) -> Quote:
-        """What a measurement takes if it spends its budget, after a speed test of two seconds."""
+    def picture_tokens(self, size: int) -> int:
+        """Tokens of a picture of size x size pixels.
+
+        Raises:
+            UserError: The model takes no pictures, or its processor can't be loaded.
+        """
+        frame = picture_frame(self.described.source.name, load_processor(self.described))
+        return int(frame.piece([new("RGB", (size, size))]).ids.shape[1])
+
+    def quote(self, settings: Settings, each: int = 1) -> Quote:
+        """What a measurement takes if it spends its budget, after a speed test of two seconds.
+
+        A unit of length takes `each` tokens; the vision side of a model is not counted.
+        """
         rate = speed_test(self.described, self.shape)
         # A haystack's tokens cost more the later they come; the budget holds so many full ones.
-        full = settings.budget / settings.max_length
-        seconds = full * self.shape.seconds(settings.max_length, settings.chunk, rate)
+        longest = settings.max_length * each
+        full = settings.budget / longest
+        seconds = full * self.shape.seconds(longest, settings.chunk, rate)
         return Quote(
-            max_length=settings.max_length,
+            max_length=longest,
             tokens=settings.budget,
             questions=round(full * QUESTIONS),
             minutes=seconds / 60,
-            memory_bytes=needed_memory(self.shape, settings.max_length, settings.chunk),
+            memory_bytes=needed_memory(self.shape, longest, settings.chunk),
         )
 
     def load(self, longest: int) -> tuple[ModelReader, float]:
         """The reader, and the seconds it took to load."""
         started = time.perf_counter()
         reader = ModelReader(load(self.described), longest)
+        return reader, time.perf_counter() - started
+
+    def load_pictures(self, probe: ScenesProbe, longest: int) -> tuple[ModelPictureReader, float]:
+        """The reader of pictures, and the seconds it took to load."""
+        started = time.perf_counter()
+        sample = [draw(Scene(probe.objects[k : k + probe.per_image], k), probe.size) for k in range(3)]
+        reader = ModelPictureReader(load_vision(self.described), sample, longest)
         return reader, time.perf_counter() - started
 
 

@@ -25,17 +25,19 @@ FEWEST = 8
 
 
 def length_grid(shortest: int, longest: int) -> list[int]:
-    """Lengths at quarter octaves down from `longest`, ending with `shortest`.
+    """Lengths at quarter octaves down from `longest`, ending with `shortest`; tokens or images.
 
     >>> length_grid(256, 1024)
     [256, 304, 362, 431, 512, 609, 724, 861, 1024]
+    >>> length_grid(1, 16)
+    [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16]
     """
     steps = int(np.floor(PER_OCTAVE * np.log2(longest / shortest) + 1e-9))
     grid = [round(longest * 2 ** (-k / PER_OCTAVE)) for k in range(steps, -1, -1)]
     if grid[0] > shortest * 2 ** (0.5 / PER_OCTAVE):
         grid.insert(0, shortest)
     grid[0] = shortest
-    return grid
+    return sorted(set(grid))  # few pictures have fewer quarter octaves
 
 
 def coarse_cuts(grid: Sequence[int], haystack: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Probes: the kinds of question put to a model, declared in TOML.
 
 A bundled probe is named (`needle`); one of your own is a path to a TOML file. The text of a probe is data; the
-four shapes of task below are all the code knows.
+five shapes of task below are all the code knows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from laid_eval.errors import UserError, nearest
+from laid_eval.records import Unit
 from laid_eval.resources import bundled, declared_names, read_declaration
 
 
@@ -29,6 +30,16 @@ class Declared(BaseModel):
     """Said before the haystack."""
     choices: Annotated[int, Field(ge=2, le=26)] = 8
     """Choices per question; chance is one over this."""
+
+    @property
+    def unit(self) -> Unit:
+        """What lengths are counted in."""
+        return "tokens"
+
+
+class TextProbe(Declared):
+    """Fields common to probes whose haystack is text."""
+
     min_length: Annotated[int, Field(ge=64)] = 256
     """Shortest context length asked, tokens. The base score is read off there."""
     first: Annotated[int, Field(ge=1)] = 3
@@ -48,7 +59,7 @@ class Kind(BaseModel):
     answers: tuple[str, ...] = ()
 
 
-class FactsProbe(Declared):
+class FactsProbe(TextProbe):
     """Facts of different kinds; one question each."""
 
     task: Literal["facts"]
@@ -74,7 +85,7 @@ class FactsProbe(Declared):
         return self
 
 
-class KeysProbe(Declared):
+class KeysProbe(TextProbe):
     """Facts that share one relation: key -> value."""
 
     task: Literal["keys"]
@@ -96,7 +107,7 @@ class KeysProbe(Declared):
         return self
 
 
-class ChainsProbe(Declared):
+class ChainsProbe(TextProbe):
     """Chains of variables: the first holds a value, each next one equals the one before."""
 
     task: Literal["chains"]
@@ -134,7 +145,7 @@ class Theme(BaseModel):
     words: tuple[str, ...]
 
 
-class CountsProbe(Declared):
+class CountsProbe(TextProbe):
     """Which word occurs most: the answer is spread over the whole context."""
 
     task: Literal["counts"]
@@ -152,13 +163,63 @@ class CountsProbe(Declared):
         return self
 
 
-Probe = FactsProbe | KeysProbe | ChainsProbe | CountsProbe
+class ScenesProbe(Declared):
+    """Objects in pictures: what else is where a certain object is (after Visual Haystacks, arXiv 2407.13766).
+
+    In every haystack some objects are anchors: each is in one picture only (in `needles` pictures).
+    """
+
+    task: Literal["scenes"]
+    form: Literal["which", "is-there", "all", "any"]
+    """`which`: which of several objects is there. `is-there`: yes or no. `all`, `any`: the same of several pictures."""
+    question: str
+    """With `{anchor}`; where yes or no is asked, with `{target}` too."""
+    lead: str = ""
+    """Start of the answer; a choice continues it. May name the `{anchor}`."""
+    objects: tuple[str, ...]
+    """Unicode names, lower case; one word each is read best."""
+    needles: Annotated[int, Field(ge=1, le=3)] = 1
+    """Pictures that an anchor is in."""
+    anchors: Annotated[int, Field(ge=1)] = 12
+    """Anchors of a haystack, each asked about."""
+    per_image: Annotated[int, Field(ge=2, le=6)] = 3
+    """Objects in a picture."""
+    size: Annotated[int, Field(ge=32, le=2048)] = 224
+    """Side of a picture, pixels."""
+    min_length: Annotated[int, Field(ge=1)] = 1
+    """Fewest pictures asked about. The base score is read off there."""
+
+    @property
+    def unit(self) -> Unit:
+        """Pictures."""
+        return "images"
+
+    @model_validator(mode="after")
+    def _check(self) -> ScenesProbe:
+        which = self.form == "which"
+        _answers(self.objects, "objects", self.anchors + self.choices + self.per_image)
+        if not which and self.choices != 2:
+            raise ValueError(f'`choices` must be 2 where `form` is "{self.form}": yes and no')
+        if (self.form in ("all", "any")) != (self.needles > 1):
+            raise ValueError('`needles` is 2 or 3 where `form` is "all" or "any", and 1 elsewhere')
+        if self.min_length < self.needles:
+            raise ValueError(
+                "`min_length` must be at least `needles`: one anchor's pictures come before the first question"
+            )
+        _placeholders([self.question], "question", {"anchor"} if which else {"anchor", "target"})
+        if "{" in self.lead:
+            _placeholders([self.lead], "lead", {"anchor"} if which else set())
+        return self
+
+
+Probe = FactsProbe | KeysProbe | ChainsProbe | CountsProbe | ScenesProbe
 _ADAPTER: TypeAdapter[Probe] = TypeAdapter(Annotated[Probe, Field(discriminator="task")])
 _VARIANTS: dict[str, type[Declared]] = {
     "facts": FactsProbe,
     "keys": KeysProbe,
     "chains": ChainsProbe,
     "counts": CountsProbe,
+    "scenes": ScenesProbe,
 }
 
 
@@ -191,6 +252,11 @@ def probe_names() -> list[str]:
     return declared_names("probes")
 
 
+def text_probe_names() -> list[str]:
+    """Those whose haystack is text."""
+    return [name for name in probe_names() if load_probe(name).unit == "tokens"]
+
+
 def load_probe(name: str) -> Probe:
     """A probe by its name, or by the path of a TOML file.
 
@@ -216,9 +282,15 @@ def load_probe(name: str) -> Probe:
 
 
 def load_probes(names: Sequence[str]) -> list[Probe]:
-    """Several probes; `all` stands for every bundled one."""
-    wanted = [n for name in names for n in (probe_names() if name == "all" else [name])]
+    """Several probes of one unit; `all` stands for every bundled one about text."""
+    wanted = [n for name in names for n in (text_probe_names() if name == "all" else [name])]
     probes = [load_probe(name) for name in dict.fromkeys(wanted)]
+    if len({probe.unit for probe in probes}) > 1:
+        text, visual = ([p.name for p in probes if p.unit == unit] for unit in ("tokens", "images"))
+        raise UserError(
+            f"Windows of {', '.join(text)} are counted in tokens, those of {', '.join(visual)} in images. Measure them "
+            "in two runs."
+        )
     seen = [probe.name for probe in probes]
     for name in seen:
         if seen.count(name) > 1:

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from laid_eval.window.probes import ChainsProbe, CountsProbe, FactsProbe, KeysProbe, Probe
+from laid_eval.errors import UserError
+from laid_eval.window.probes import ChainsProbe, CountsProbe, Declared, FactsProbe, KeysProbe
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,12 @@ def _question(
     return Question(name, prompt, lead, (*wrong[:at], answer, *wrong[at:]), at, needle)
 
 
-def draw_story(probe: Probe, rng: np.random.Generator) -> Story:
-    """The statements and questions of one haystack."""
+def draw_story(probe: Declared, rng: np.random.Generator) -> Story:
+    """The statements and questions of one haystack.
+
+    Raises:
+        UserError: The probe is about pictures.
+    """
     match probe:
         case FactsProbe():
             return _facts(probe, rng)
@@ -161,6 +166,7 @@ def draw_story(probe: Probe, rng: np.random.Generator) -> Story:
             return _chains(probe, rng)
         case CountsProbe():
             return _counts(probe, rng)
+    raise UserError(f"Probe {probe.name!r} asks about pictures; here a probe about text is needed (laid-eval probes).")
 
 
 def _facts(probe: FactsProbe, rng: np.random.Generator) -> ItemStory:

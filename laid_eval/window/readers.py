@@ -9,13 +9,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from laid_eval.records import ModelInfo
 from laid_eval.window.curve import score_at
 from laid_eval.window.questions import Question
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,56 @@ class Reader(Protocol):
 
     def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
         """Log-probability of every choice of every question, given all that was read; nothing is remembered."""
+        ...
+
+    def peak_memory_bytes(self) -> int | None:
+        """Most memory taken so far; `None` where it can't be known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What something read takes."""
+
+    tokens: int
+    positions: int
+    """RoPE positions: where a model counts a picture by its longer side, fewer than tokens."""
+
+
+class PictureReader(Protocol):
+    """Sees pictures one after the other and answers questions on a fork of what it has seen."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is measured."""
+        ...
+
+    def opening_extent(self) -> Extent:
+        """What comes before the first picture."""
+        ...
+
+    def extent(self, width: int, height: int) -> Extent:
+        """What a picture of so many pixels takes."""
+        ...
+
+    def question_tokens(self, question: Question) -> int:
+        """Tokens after the pictures, longest choice included."""
+        ...
+
+    def pass_tokens(self, question: Question, read: int) -> int:
+        """Tokens that go through the model to ask a question when `read` tokens were read."""
+        ...
+
+    def begin(self) -> None:
+        """Forget everything seen."""
+        ...
+
+    def show(self, picture: Image) -> None:
+        """See one more picture."""
+        ...
+
+    def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """Log-probability of every choice of every question, given all that was seen; nothing is remembered."""
         ...
 
     def peak_memory_bytes(self) -> int | None:
@@ -126,6 +179,17 @@ class ScriptedReader:
     def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
         """Right with the curve's probability, else a guess among all choices."""
         return [self._answer(asked) for asked in questions]
+
+    def show(self, picture: Image) -> None:
+        """Nothing is kept."""
+
+    def opening_extent(self) -> Extent:
+        """Nothing."""
+        return Extent(0, 0)
+
+    def extent(self, width: int, height: int) -> Extent:
+        """A token and a position a picture."""
+        return Extent(1, 1)
 
     def peak_memory_bytes(self) -> int | None:
         """Unknown."""

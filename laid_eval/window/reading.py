@@ -7,20 +7,21 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from laid_eval.errors import UserError
-from laid_eval.records import Settings, Trial, WindowEstimate
+from laid_eval.records import ImageExtent, Settings, Trial, Unit, WindowEstimate
 from laid_eval.runs import append_trials, trial_table
 from laid_eval.window.estimate import Fit
-from laid_eval.window.haystack import Corpus, Haystack, build, pick_by_depth
+from laid_eval.window.haystack import Corpus, Encode, Haystack, build, pick_by_depth
 from laid_eval.window.plan import STRATA, at_chance
-from laid_eval.window.probes import Probe
+from laid_eval.window.probes import Declared, TextProbe
 from laid_eval.window.questions import Question, Story, draw_story
-from laid_eval.window.readers import Asked, Reader
+from laid_eval.window.readers import Asked, PictureReader, Reader
 
 _LEAST_TEXT = 64  # tokens of haystack in the shortest context
 
@@ -33,22 +34,24 @@ class Progress:
     probe: str
     haystack: int
     length: int
-    """Tokens of the present haystack read so far."""
+    """Of the present haystack read so far, tokens or images."""
     longest: int
-    """Tokens the present haystack will reach."""
+    """What the present haystack will reach."""
     used: int
     """Tokens gone through the model in this measurement."""
     budget: int
     questions: int
     estimate: WindowEstimate | None
+    unit: Unit = "tokens"
 
 
 @dataclass
 class State:
     """What grows while measuring."""
 
-    reader: Reader
-    corpus: Corpus
+    reader: Reader | PictureReader
+    corpus: Corpus | None
+    """`None` where the haystack is pictures."""
     settings: Settings
     folder: Path
     known: dict[str, Trial]
@@ -62,10 +65,17 @@ class State:
     asked: int = 0
     whole: int = 0
     estimate: WindowEstimate | None = None
+    image: ImageExtent | None = None
 
-    def __post_init__(self) -> None:
-        # Sentences recur in many haystacks; tokenizing each once is most of the cost of building them.
-        self.encode = lru_cache(maxsize=200_000)(self.reader.encode)
+    @cached_property
+    def encode(self) -> Encode:
+        """The reader's; sentences recur in many haystacks, and tokenizing each once is most of building them."""
+        return lru_cache(maxsize=200_000)(self.text_reader.encode)
+
+    @property
+    def text_reader(self) -> Reader:
+        """Where the haystack is text."""
+        return cast(Reader, self.reader)
 
     @property
     def forks(self) -> bool:
@@ -91,6 +101,7 @@ class State:
                 self.settings.budget,
                 count,
                 self.estimate,
+                "images" if self.image else "tokens",
             )
         )
 
@@ -101,11 +112,11 @@ def _room(reader: Reader, story: Story) -> int:
     return max(reader.question_tokens(q) for q in everything) + 8
 
 
-def check_room(state: State, probe: Probe) -> None:
+def check_room(state: State, probe: TextProbe) -> None:
     """Refuse a shortest length that the chat frame and the question fill by themselves."""
     shortest = state.settings.min_length or probe.min_length
     story = draw_story(probe, np.random.default_rng(0))
-    taken = len(state.reader.opening(probe.instruction)) + _room(state.reader, story)
+    taken = len(state.text_reader.opening(probe.instruction)) + _room(state.text_reader, story)
     if shortest - taken < _LEAST_TEXT:
         raise UserError(
             f"A context of {shortest} tokens leaves no room for text: the frame and the question of probe "
@@ -113,9 +124,10 @@ def check_room(state: State, probe: Probe) -> None:
         )
 
 
-def read_haystack(state: State, probe: Probe, haystack: int, cuts: tuple[int, ...]) -> None:
+def read_haystack(state: State, probe: TextProbe, haystack: int, cuts: tuple[int, ...]) -> None:
     """Read one haystack and ask at each cut point, until two successive lengths are at chance."""
-    settings, reader = state.settings, state.reader
+    settings, reader = state.settings, state.text_reader
+    assert state.corpus is not None
     stream = [settings.seed, zlib.crc32(probe.name.encode()), haystack]
     rng = np.random.default_rng(stream)
     story = draw_story(probe, rng)
@@ -173,7 +185,7 @@ def _chunks(ends: list[int], size: int) -> list[tuple[int, int]]:
 
 
 def _choose(
-    probe: Probe, story: Story, text: Haystack, haystack: int, cut: int, end: int, rng: np.random.Generator
+    probe: TextProbe, story: Story, text: Haystack, haystack: int, cut: int, end: int, rng: np.random.Generator
 ) -> list[Asked]:
     """The questions at one cut point: one in each slice of depth, or all where depth has no meaning."""
     questions = story.questions(text.read(end), rng)
@@ -199,14 +211,16 @@ def _depth(question: Question, text: Haystack, end: int) -> float | None:
     return (span[0] + span[1]) / 2 / end
 
 
-def _trials(probe: Probe, asked: list[Asked], answers: list[list[float]], prefix: int, reader: Reader) -> list[Trial]:
+def _trials(
+    probe: TextProbe, asked: list[Asked], answers: list[list[float]], prefix: int, reader: Reader
+) -> list[Trial]:
     return [
         trial_of(probe, a, logs, prefix + reader.question_tokens(a.question))
         for a, logs in zip(asked, answers, strict=True)
     ]
 
 
-def trial_of(probe: Probe, asked: Asked, logs: list[float], prompt_tokens: int) -> Trial:
+def trial_of(probe: Declared, asked: Asked, logs: list[float], prompt_tokens: int) -> Trial:
     """The record of one answer: `logs` are the log-probabilities of the choices."""
     question = asked.question
     valid = all(math.isfinite(value) for value in logs)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 from laid_eval.environment import environment
 from laid_eval.errors import UserError
@@ -15,11 +16,12 @@ from laid_eval.records import ModelInfo, Run, Settings
 from laid_eval.resources import content_hash
 from laid_eval.runs import LoadedRun, load_run, run_folder
 from laid_eval.window.curve import parse_criterion
-from laid_eval.window.haystack import Corpus, load_corpus
+from laid_eval.window.haystack import load_corpus
 from laid_eval.window.measure import measure, resumable
-from laid_eval.window.probes import Probe, load_probes
-from laid_eval.window.readers import Reader
+from laid_eval.window.probes import Probe, ScenesProbe, load_probes
+from laid_eval.window.readers import PictureReader, Reader
 from laid_eval.window.reading import Progress
+from laid_eval.window.scenes import Scene, draw, scenes_source
 from laid_eval.window.why_measure import WhyOptions, answered, check_options, explain_run
 from laid_eval.window.why_texts import WhyReader
 
@@ -29,6 +31,10 @@ REACH = 1.5
 """Default longest context, in claimed lengths: far enough to see the window end."""
 BUDGET = 6
 """Default budget, in longest contexts a probe."""
+PICTURES = 150
+"""Default longest context, images: that of the paper."""
+BUDGET_PICTURES = 40
+"""The same for images: contexts are shorter, and the questions take as much as the pictures."""
 WHOLE = 8
 """So many times as much by default where each question needs a whole prompt."""
 
@@ -47,7 +53,7 @@ class Quote:
 
 
 def measure_window(
-    model: str | Reader,
+    model: str | Reader | PictureReader,
     probe: str | Sequence[str] = "needle",
     *,
     out: str | Path | None = None,
@@ -79,8 +85,8 @@ def measure_window(
         model: Reference model, local folder, GGUF file, Hub id, or a `Reader` (e.g. `ScriptedReader`).
         probe: Names of probes or paths of TOML files; `all` for every bundled one.
         out: Run folder; a run already there with the same settings is resumed. Default: a new one in `runs/`.
-        max_length: Longest context, tokens. Default: 1.5 x the claimed length.
-        min_length: Shortest context, tokens. Default: the probe's.
+        max_length: Longest context, tokens (images for visual probes). Default: 1.5 x the claimed length; 150 images.
+        min_length: Shortest context, tokens or images. Default: the probe's.
         haystack: Files with filler text. Default: Python's language reference.
         criterion: See `estimate_window`; decides when the measurement is precise enough.
         anchor: Run folder of the model whose base score `anchored` refers to.
@@ -114,22 +120,38 @@ def measure_window(
     options = WhyOptions(why_length, why_haystacks, why_questions) if why else None
     if options:
         check_options(options, probes, min_length)
-    corpus = load_corpus([Path(file) for file in haystack])
+    pictures = [probe for probe in probes if isinstance(probe, ScenesProbe)]
+    if pictures:
+        _check_pictures(pictures, haystack, options)
+    corpus = None if pictures else load_corpus([Path(file) for file in haystack])
+    each = 1  # tokens that a unit of length takes
     if not isinstance(model, str):
         if options:
             raise UserError("--why needs a model; a scripted reader has no positions. Leave it out.")
         info, reader = model.info, model
-        make: Callable[[int], tuple[Reader, float]] = lambda _: (reader, 0.0)  # noqa: E731
-        longest = _max_length(info, max_length)
+        if pictures:
+            if not hasattr(model, "show"):
+                raise UserError(f"Probe {pictures[0].name!r} shows pictures; this reader reads text alone.")
+            each = cast(PictureReader, model).extent(pictures[0].size, pictures[0].size).tokens
+        make: Callable[[int], tuple[Reader | PictureReader, float]] = lambda _: (reader, 0.0)  # noqa: E731
+        longest = _max_length(info, max_length) if not pictures else max_length or _most_pictures(info, each)
     else:
         # Loads torch; a scripted reader does not need it.
         from laid_eval.window.model_session import prepare
 
         prepared = prepare(model, revision, dtype, device, rope_scaling, trust_remote_code, allow_pickle)
         info = prepared.info
-        longest = _max_length(info, max_length)
-        make = prepared.load
-    settings = _settings(probes, corpus, longest, min_length, criterion, anchor, confidence, precision, budget, seed)
+        if pictures:
+            each = prepared.picture_tokens(pictures[0].size)
+            longest = max_length if max_length is not None else _most_pictures(info, each)
+            make = lambda longest: prepared.load_pictures(pictures[0], longest * each)  # noqa: E731
+        else:
+            longest = _max_length(info, max_length)
+            make = prepared.load
+    source = (corpus.name, corpus.hash) if corpus else scenes_source()
+    settings = _settings(
+        probes, source, longest, min_length, criterion, anchor, confidence, precision, budget, seed, each
+    )
     folder = run_folder(out, info.name, "window")
     run = resumable(folder, settings, info)
     finished = run is not None and _finished(run, settings)
@@ -137,11 +159,11 @@ def measure_window(
         return load_run(folder)
     reach = max(longest, why_length or 0) if options else longest
     if isinstance(model, str):
-        prepared.check_memory(reach, CHUNK)
+        prepared.check_memory(reach * each, CHUNK, each)
     made = _make_folder(folder)
     try:
         if isinstance(model, str) and announce and not finished:
-            announce(prepared.quote(settings))
+            announce(prepared.quote(settings, each))
         loaded, seconds = make(reach)
         moving = _moving(loaded, reach) if options else None  # refuses before anything is measured
         if not finished:
@@ -149,7 +171,7 @@ def measure_window(
                 settings = settings.model_copy(update={"budget": WHOLE * settings.budget})
             run = _start(run, loaded.info, settings, seconds)
             measure(loaded, probes, corpus, run, folder, progress)
-        if options and moving:
+        if options and moving and corpus:
             explain_run(moving, probes, corpus, folder, options, progress)
     finally:
         for path in made:
@@ -158,7 +180,23 @@ def measure_window(
     return load_run(folder)
 
 
-def _moving(reader: Reader, longest: int) -> WhyReader:
+def _check_pictures(probes: list[ScenesProbe], haystack: Sequence[str | Path], options: WhyOptions | None) -> None:
+    if haystack:
+        raise UserError(f"--haystack is filler text; probe {probes[0].name!r} draws its pictures itself. Leave it out.")
+    if options:
+        raise UserError("--why explains windows in text; those in images can't be split yet. Leave it out.")
+    for name in {name for probe in probes for name in probe.objects}:
+        draw(Scene((name,), 0), 32)  # refuses what has no picture, before anything is loaded
+    if len({probe.size for probe in probes}) > 1:
+        raise UserError("Probes with pictures of different sizes take different context. Measure them in two runs.")
+
+
+def _most_pictures(info: ModelInfo, each: int) -> int:
+    """As far as is asked by default: the paper's longest haystack, or what the claimed length holds."""
+    return min(PICTURES, round(REACH * info.claimed_length) // each) if info.claimed_length else PICTURES
+
+
+def _moving(reader: Reader | PictureReader, longest: int) -> WhyReader:
     """The same model as a reader whose texts can be moved."""
     # Loads torch.
     from laid_eval.window.model_reader import ModelReader
@@ -202,8 +240,8 @@ def _max_length(info: ModelInfo, asked: int | None) -> int:
 
 
 def _settings(
-    probes: list[Probe],
-    corpus: Corpus,
+    probes: Sequence[Probe],
+    source: tuple[str, str],
     longest: int,
     min_length: int | None,
     criterion: str,
@@ -212,25 +250,29 @@ def _settings(
     precision: float,
     budget: int | None,
     seed: int,
+    each: int,
 ) -> Settings:
     for probe in probes:
         shortest = probe.min_length if min_length is None else min_length
         if shortest < 1:
-            raise UserError(f"--min-length must be above 0 tokens, got {shortest}.")
+            raise UserError(f"--min-length must be above 0 {probe.unit}, got {shortest}.")
+        if isinstance(probe, ScenesProbe) and shortest < probe.needles:
+            raise UserError(f"--min-length must be at least {probe.needles} for probe {probe.name!r}, got {shortest}.")
         if longest < 2 * shortest:
             raise UserError(
-                f"--max-length {longest} is too short: probe {probe.name!r} starts at {shortest} tokens and needs "
-                f"at least one octave, {2 * shortest}."
+                f"--max-length {longest} is too short: probe {probe.name!r} starts at {shortest} {probe.unit} and "
+                f"needs at least one octave, {2 * shortest}."
             )
     if not 0 < confidence < 1:
         raise UserError(f"--confidence must lie between 0 and 1, got {confidence}.")
     if not 0 < precision < 100:
         raise UserError(f"--precision must lie between 0 and 100 octaves, got {precision}.")
-    tokens = budget if budget is not None else BUDGET * longest * len(probes)
-    if tokens < longest:
+    often = BUDGET_PICTURES if isinstance(probes[0], ScenesProbe) else BUDGET
+    tokens = budget if budget is not None else often * longest * each * len(probes)
+    if tokens < longest * each:
         raise UserError(
-            f"--budget {tokens} does not reach the longest context once ({longest} tokens). Give more, or a smaller "
-            "--max-length."
+            f"--budget {tokens} does not reach the longest context once ({longest * each} tokens). Give more, or a "
+            "smaller --max-length."
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must lie between 0 and {2**32 - 1}, got {seed}.")
@@ -239,8 +281,8 @@ def _settings(
     return Settings(
         probes=tuple(probe.name for probe in probes),
         probe_hashes={probe.name: content_hash(probe) for probe in probes},
-        haystack=corpus.name,
-        haystack_hash=corpus.hash,
+        haystack=source[0],
+        haystack_hash=source[1],
         min_length=min_length,
         max_length=longest,
         criterion=f"{rule.name}:{rule.value:g}",
@@ -253,7 +295,7 @@ def _settings(
     )
 
 
-def _anchor_share(anchor: str | Path, probes: list[Probe]) -> float:
+def _anchor_share(anchor: str | Path, probes: Sequence[Probe]) -> float:
     """Chance-corrected base score of another run; one probe at a time, since each has its own."""
     run = load_run(anchor)
     if len(probes) != 1:

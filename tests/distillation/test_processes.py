@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,6 +51,10 @@ def trained(path, step=3):
     return load_file(path / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
 
 
+def exported(path):
+    return {n: t.numpy() for n, t in load_file(path).items()} if path.suffix == ".safetensors" else dict(np.load(path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
 def test_two_processes_equal_one_with_both_texts(models, tmp_path, shards):
@@ -70,6 +75,11 @@ def test_two_processes_equal_one_with_both_texts(models, tmp_path, shards):
         assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5), name
     moved = [n for n in start if not torch.allclose(b[f"model.{n}"], start[n], atol=1e-5)]
     assert moved
+    for name in ("model.safetensors", "gains.npz"):
+        ours, theirs = (exported(run.path / name) for run in (two, one))
+        assert ours.keys() == theirs.keys()
+        assert all(np.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-5) for n in ours), name
+    assert two.header.sharded == shards
     assert list(two.steps["step"]) == [1, 2, 3]
     assert two.steps["loss"].to_numpy() == pytest.approx(one.steps["loss"].to_numpy(), rel=1e-4)
     assert two.header.cost.tokens > 0
@@ -110,10 +120,23 @@ def test_ways_of_sharding_that_are_not_followed_are_refused(models, quick, tmp_p
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "fsdp_version: 2" in refused()
     monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    assert "TRANSFORMER_BASED_WRAP" in refused()
+    monkeypatch.delenv("FSDP_AUTO_WRAP_POLICY")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "round gains" in refused()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    with pytest.raises(UserError, match='precision = "bfloat16" would round'):
+        laid_eval.distill(
+            str(models["student"]),
+            recipe="sft",
+            out=tmp_path / "x",
+            changes={**quick, "training.precision": "bfloat16"},
+        )
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     assert "training.checkpointing=true" in refused()
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     assert "accelerators only" in refused()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert "DeepSpeed" in refused()

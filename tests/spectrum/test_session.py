@@ -375,7 +375,7 @@ def test_weights_alone_of_a_model_without_rotary_pairs_are_refused(models, tmp_p
 
 MEMORY = """
 import json, multiprocessing, sys
-import psutil, torch
+import laid_eval, psutil, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from laid_eval.models.cost import peak_memory
 from laid_eval.models.rotary import rotaries

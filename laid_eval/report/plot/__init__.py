@@ -2,6 +2,7 @@
 
 from laid_eval.report.plot.causes import save_why, why
 from laid_eval.report.plot.distillations import losses, rope_gain, save_distillation_figures
+from laid_eval.report.plot.pictures import haystack, save_pictures
 from laid_eval.report.plot.spectra import bands, gain, heads, pairs, save_spectra, transfer, what_if
 from laid_eval.report.plot.windows import depth, save_figures, window
 
@@ -9,12 +10,14 @@ __all__ = [
     "bands",
     "depth",
     "gain",
+    "haystack",
     "heads",
     "losses",
     "pairs",
     "rope_gain",
     "save_distillation_figures",
     "save_figures",
+    "save_pictures",
     "save_spectra",
     "save_why",
     "transfer",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import pandas as pd
 from scipy.stats import beta
 
 from laid_eval.errors import UserError
-from laid_eval.records import WindowEstimate
+from laid_eval.records import ImageExtent, WindowEstimate
 from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, save_figure, token_axis, tokens_text
 from laid_eval.runs import LoadedRun, load_run
 
@@ -77,10 +79,13 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
     )
     chance = float(trials["chance"].iloc[0])
     ax.axhline(chance, color=INK, lw=0.8, ls=(0, (1, 2)), label=f"chance ({chance:.3g})")
-    claimed = run.header.model.claimed_length
+    claimed, image = run.header.model.claimed_length, run.header.image
+    if claimed and image:
+        claimed //= max(image.tokens, 1)
     lengths = trials["length"]
     if claimed and lengths.min() <= claimed <= lengths.max() * 1.1:
         ax.axvline(claimed, color=CLAIMED, lw=1.2, ls="--", label=f"claimed length ({claimed:,})")
+    unit = "images" if image else "tokens"
     short, long = float(lengths.min()), float(lengths.max())
     found = [w for w in run.windows if w.probe == name]
     windows = [w.length or (short if w.censored == "below" else long) for w in found]
@@ -89,7 +94,9 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
     rows = _criteria_rows(ax, found, short, long, left)
     ax.set_ylim(-_ROW * (rows + 0.9), 1.05)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    token_axis(ax, short / 1.15, long * 1.15)
+    token_axis(ax, short / 1.15, long * 1.15, f"context length ({unit})")
+    if image:
+        _other_measures(ax, image)
     ax.set_ylabel("score")
     ax.set_title(f"{run.header.model.name}: effective context window, probe '{name}'", loc="left", fontsize=11)
     ax.legend(
@@ -143,7 +150,7 @@ def depth(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, probe
     middle = [placed.loc[column == c, "length"].mean() for c in columns]
     ax.set_xticks(range(len(columns)), [tokens_text(v) for v in middle])
     ax.set_yticks(range(_DEPTHS), [f"{100 * r // _DEPTHS}-{100 * (r + 1) // _DEPTHS}%" for r in range(_DEPTHS)])
-    ax.set_xlabel("context length (tokens, half-octave bins)")
+    ax.set_xlabel(f"context length ({'images' if run.header.image else 'tokens'}, half-octave bins)")
     ax.set_ylabel("needle depth\n(0% = start)")
     ax.set_title(title, loc="left", fontsize=11)
     ax.figure.colorbar(image, ax=ax, label="mean score", fraction=0.04, pad=0.02)
@@ -156,7 +163,8 @@ def save_figures(run: LoadedRun) -> list[Path]:
 
     probes = [p for p in run.header.settings.probes if _has_trials(run, p)]
     out = []
-    for name, draw, height in (("window", window, 4.8), ("depth", depth, 3.6)):
+    tall = 6.0 if run.header.image else 4.8
+    for name, draw, height in (("window", window, tall), ("depth", depth, 3.6)):
         if not probes:
             break
         figure = Figure(figsize=(7.2, height * len(probes)), layout="constrained")
@@ -186,9 +194,22 @@ def _criteria_rows(ax: Axes, found: list[WindowEstimate], short: float, long: fl
             va="center",
             fontsize=7.5,
             color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},  # a long bar passes below
         )
     ax.axhline(0, color=INK, lw=0.6)
     return len(found)
+
+
+def _other_measures(ax: Axes, image: ImageExtent) -> None:
+    """The same context in tokens and in RoPE positions, below the axis in images."""
+    for k, (name, each) in enumerate((("tokens", image.tokens), ("RoPE positions", image.positions))):
+        below = ax.secondary_xaxis(-0.16 - 0.13 * k, functions=(partial(mul, each), partial(mul, 1 / each)))
+        low, high = (v * each for v in ax.get_xlim())
+        ticks = [2.0**p for p in range(int(np.ceil(np.log2(low))), int(np.floor(np.log2(high))) + 1)]
+        below.set_xscale("log", base=2)
+        below.set_xticks(ticks, [tokens_text(t) for t in ticks], fontsize=7.5)
+        below.set_xticks([], minor=True)
+        below.set_xlabel(name, fontsize=8, labelpad=1)
 
 
 def _selected(run: LoadedRun | str | os.PathLike[str], probe: str | None) -> tuple[LoadedRun, str, pd.DataFrame]:

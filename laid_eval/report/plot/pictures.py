@@ -1,0 +1,99 @@
+"""What a model was shown: pictures of a haystack with the questions, the right answers and the model's."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from laid_eval.errors import UserError
+from laid_eval.report.plot.axes import INK, save_figure
+from laid_eval.resources import content_hash
+from laid_eval.runs import LoadedRun, load_run, load_trials
+from laid_eval.window.picture_reading import asked_at, draw_haystack
+from laid_eval.window.plan import coarse_cuts, length_grid
+from laid_eval.window.probes import ScenesProbe, load_probe
+from laid_eval.window.scenes import draw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHOWN, _ACROSS = 8, 4  # pictures
+_ASKED = 6
+RIGHT, WRONG = "#009E73", "#D55E00"
+
+
+def haystack(run: LoadedRun | str | os.PathLike[str], figure: Figure | None = None, probe: str | None = None) -> Figure:
+    """The first pictures of a run's first haystack, and what was asked about them.
+
+    Args:
+        run: A run of a visual probe, or the path of its folder.
+        figure: Where to draw; a new one by default.
+        probe: Which probe; the run's first by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: The run is about text, or its probe is not at hand any more.
+    """
+    from matplotlib.figure import Figure
+
+    loaded = run if isinstance(run, LoadedRun) else load_run(run)
+    settings = loaded.header.settings
+    name = probe or settings.probes[0]
+    declared = _declared(loaded, name)
+    cuts = tuple(coarse_cuts(length_grid(settings.min_length or declared.min_length, settings.max_length), 0))
+    story = draw_haystack(declared, settings.seed, 0, cuts)
+    answers = {trial.id: trial for trial in load_trials(loaded.path) if trial.probe == name}
+    reached = [cut for cut in cuts if any(t.haystack == 0 and t.length == cut for t in answers.values())]
+    cut = max((c for c in reached if c <= _SHOWN), default=reached[0] if reached else cuts[0])
+    count = min(cut, _SHOWN)
+    asked = [a for a in asked_at(declared, story, settings.seed, 0, cut) if a.id in answers][:_ASKED]
+    rows = -(-count // _ACROSS)
+    figure = figure or Figure(figsize=(9.2, 0.6 + 2.3 * rows + 0.6 * len(asked)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 0.6 * len(asked)])
+    top, bottom = parts
+    for k, scene in enumerate(story.scenes[:count]):
+        ax = top.add_subplot(rows, _ACROSS, k + 1)
+        ax.imshow(draw(scene, declared.size))
+        ax.set_axis_off()
+        ax.set_title(f"image {k + 1}", fontsize=8, color=INK)
+    lines = bottom.add_subplot()
+    lines.set_axis_off()
+    for k, each in enumerate(asked):
+        trial = answers[each.id]
+        y = 1 - (k + 0.5) / len(asked)
+        question = textwrap.shorten(each.question.prompt.split(":")[-1].strip(), 140)
+        where = f"(image {(each.question.needle or 0) + 1})"
+        lines.text(0, y + 0.035, f"{question} {where}", fontsize=8.5, color=INK, va="bottom")
+        said = trial.chosen or "no answer"
+        verdict = "right" if trial.score == 1 else "wrong" if trial.score == 0 else "tied"
+        lines.text(
+            0.02, y - 0.005, f"right answer: {trial.answer}     {loaded.header.model.name}: {said} ({verdict})",
+            fontsize=8.5, va="top", color=RIGHT if trial.score == 1 else WRONG,
+        )  # fmt: skip
+    of = f"the first {count} of {cuts[-1]} images" if cuts[-1] > count else f"{count} images"
+    figure.suptitle(f"{loaded.header.model.name}, probe '{name}': {of} of haystack 1", fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def save_pictures(run: LoadedRun) -> list[Path]:
+    """Write `haystack.png` into the folder of a run about pictures; its path, or nothing."""
+    if run.header.image is None:
+        return []
+    try:
+        figure = haystack(run)
+    except UserError:  # the probe's file has changed or gone since
+        return []
+    return [save_figure(figure, run.path / "haystack.png")]
+
+
+def _declared(run: LoadedRun, name: str) -> ScenesProbe:
+    if run.header.image is None:
+        raise UserError(f"The run '{run.path}' is about text; it was shown no pictures.")
+    declared = load_probe(name)
+    if not isinstance(declared, ScenesProbe) or content_hash(declared) != run.header.settings.probe_hashes.get(name):
+        raise UserError(f"Probe {name!r} is not what it was when '{run.path}' was measured; its pictures are unknown.")
+    return declared

@@ -1,0 +1,83 @@
+"""A real vision-language model behind the protocol of readers that are shown pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL.Image import Image, new
+
+from laid_eval.models.cost import peak_memory
+from laid_eval.models.fork_pictures import ForkedPictures, Pictures, WholePictures, why_not_forked
+from laid_eval.models.frame import Branch
+from laid_eval.models.load import LoadedVision
+from laid_eval.models.picture_frame import picture_frame
+from laid_eval.window.questions import Question
+from laid_eval.window.readers import Asked, Extent
+
+
+class ModelPictureReader:
+    """Sees with KV fan-out where the model allows it, with whole prompts where it does not."""
+
+    def __init__(
+        self, loaded: LoadedVision, sample: Sequence[Image], longest: int, protocol: type[Pictures] | None = None
+    ) -> None:
+        """Check how the model can be asked.
+
+        Args:
+            loaded: The model.
+            sample: A few pictures to try it on.
+            longest: Longest context that will be read, tokens.
+            protocol: How pictures are held and asked about, to compare; decided by trying by default.
+        """
+        self.model = loaded.model
+        self.frame = picture_frame(loaded.info.name, loaded.processor)
+        reason = "asked for" if protocol else why_not_forked(self.model, self.frame, sample, longest)
+        self.info = loaded.info.model_copy(update={"fan_out": f"whole prompts: {reason}" if reason else "forked"})
+        self._protocol = protocol or (WholePictures if reason else ForkedPictures)
+        self._seen: Pictures = self._protocol(self.model, self.frame)
+        self._branches: dict[Question, Branch] = {}
+        self._extents: dict[tuple[int, int], Extent] = {}
+
+    def begin(self) -> None:
+        """Forget everything seen."""
+        self._branches.clear()
+        self._seen = self._protocol(self.model, self.frame)
+
+    def show(self, picture: Image) -> None:
+        """One forward pass."""
+        self._seen.show(picture)
+
+    def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
+        """Log-probabilities of the choices, in one pass where forks are possible."""
+        return self._seen.ask([self._branch(asked.question) for asked in questions])
+
+    def opening_extent(self) -> Extent:
+        """What comes before the first picture."""
+        tokens = len(self.frame.opening())
+        return Extent(tokens, tokens)
+
+    def extent(self, width: int, height: int) -> Extent:
+        """What a picture of so many pixels takes."""
+        if (width, height) not in self._extents:
+            trial = WholePictures(self.model, self.frame)
+            tokens, positions = trial.length, trial.position
+            trial.show(new("RGB", (width, height)))
+            self._extents[width, height] = Extent(trial.length - tokens, trial.position - positions)
+        return self._extents[width, height]
+
+    def question_tokens(self, question: Question) -> int:
+        """Tokens of the question, the frame around it, the lead and the longest choice."""
+        return self._branch(question).longest
+
+    def pass_tokens(self, question: Question, read: int) -> int:
+        """Tokens of the pass over a fork, or of the whole prompts."""
+        return self._seen.pass_tokens(self._branch(question), read)
+
+    def peak_memory_bytes(self) -> int | None:
+        """Peak resident memory of the process, or of the accelerator's allocator."""
+        return peak_memory(self.model.device)
+
+    def _branch(self, question: Question) -> Branch:
+        if question not in self._branches:
+            self._branches[question] = self.frame.branch(question.prompt, question.lead, question.choices)
+        return self._branches[question]
