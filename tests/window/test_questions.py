@@ -11,7 +11,7 @@ from laid_eval.errors import UserError
 from laid_eval.resources import content_hash
 from laid_eval.window.haystack import Corpus, build, check_long_enough, load_corpus, pick_by_depth
 from laid_eval.window.plan import STRATA, coarse_cuts, length_grid
-from laid_eval.window.probes import load_probe, load_probes, probe_names
+from laid_eval.window.probes import load_probe, load_probes, text_probe_names
 from laid_eval.window.questions import draw_story
 
 PROBES = ["needle", "multikey", "multihop", "aggregate", "association"]
@@ -29,7 +29,7 @@ def asked(probe, seeds, share=1.0):
 
 
 def test_the_five_text_probes_are_there():
-    assert probe_names() == sorted(PROBES)
+    assert text_probe_names() == sorted(PROBES)
     assert [p.name for p in load_probes(["all"])] == sorted(PROBES)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from laid_eval import measure_window
 from laid_eval.window.haystack import build, load_corpus
 from laid_eval.window.model_reader import ModelReader
-from laid_eval.window.probes import load_probe, probe_names
+from laid_eval.window.probes import load_probe, text_probe_names
 from laid_eval.window.questions import draw_story
 from laid_eval.window.readers import Asked
 
@@ -26,7 +26,7 @@ def score(answers, questions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", probe_names())
+@pytest.mark.parametrize("name", text_probe_names())
 def test_without_the_haystack_the_model_scores_at_chance(reader, name):
     """Every question, asked straight after the instruction: within the 99% binomial interval of chance."""
     probe = load_probe(name)
