@@ -277,6 +277,11 @@ class Run(Record):
     notes: tuple[str, ...] = ()
     """What a reader should know: fallbacks, repeated text, failed trials."""
 
+    @property
+    def unit(self) -> Unit:
+        """What its lengths are counted in."""
+        return "images" if self.image else "tokens"
+
     def window(self, probe: str, criterion: str | None = None) -> WindowEstimate:
         """The estimate of a probe under a criterion (default: the one the run was measured for).
 

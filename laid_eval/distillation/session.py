@@ -24,7 +24,7 @@ from laid_eval.distillation.pairs import batch_of, choose_pairs, start_mixers
 from laid_eval.distillation.processes import is_first, processes
 from laid_eval.distillation.recipe import Recipe, changed, load_recipe
 from laid_eval.distillation.samples import Source, open_source
-from laid_eval.distillation.shards import refuse_rounded, sharding_asked
+from laid_eval.distillation.shards import prepare_shards, sharding_asked
 from laid_eval.distillation.sides import Side, find_side, own_device, readable, shared_tokens
 from laid_eval.distillation.student import Pair, Student, Teacher, checkpoint_layers
 from laid_eval.distillation.train import (
@@ -126,8 +126,7 @@ def distill(
         raise UserError("Several processes need one folder to share: pass --out.")
     if not (find_spec("tensorboard") and find_spec("peft")):
         raise UserError('Training needs what `pip install "laid-eval[distill]"` brings: tensorboard and peft.')
-    if sharding_asked():
-        refuse_rounded(plan.training.precision)
+    prepare_shards(plan.training.precision)
     device = own_device(device)
     load_options = (trust_remote_code, allow_pickle)
     own = find_side(student, revision, "float32", device, *load_options)

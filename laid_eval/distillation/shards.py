@@ -25,26 +25,21 @@ _ROUNDED = (
 )
 
 
-def refuse_rounded(precision: str) -> None:
-    """Refuse a recipe whose shards would be cast before they are used.
-
-    Raises:
-        UserError: It trains in half precision.
-    """
-    if precision != "float32":
-        raise UserError(_ROUNDED.format(f'training.precision = "{precision}"'))
-
-
 def sharding_asked() -> bool:
-    """Accelerate's configuration asks for shards, in a way that training here can follow.
+    """Accelerate's configuration asks for shards."""
+    return _on("ACCELERATE_USE_FSDP")
+
+
+def prepare_shards(precision: str) -> None:
+    """See that accelerate's configuration, and a recipe's precision, ask for what training here can follow.
 
     Raises:
-        UserError: It asks for another way.
+        UserError: They ask for another way.
     """
     if _on("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("DeepSpeed is not supported. Use FSDP (fsdp_version: 2) in accelerate's configuration.")
-    if not _on("ACCELERATE_USE_FSDP"):
-        return False
+    if not sharding_asked():
+        return
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"FSDP version {version} is not supported. Set fsdp_version: 2 in accelerate's configuration.")
@@ -58,8 +53,9 @@ def sharding_asked() -> bool:
             "fsdp_activation_checkpointing would run layers anew out of our sight. Set it to false in accelerate's "
             "configuration, and training.checkpointing=true in the recipe."
         )
+    if precision != "float32":
+        raise UserError(_ROUNDED.format(f'training.precision = "{precision}"'))
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process has the weights before they are cut up
-    return True
 
 
 def whole(tensor: Tensor) -> Tensor:

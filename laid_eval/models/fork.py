@@ -65,7 +65,8 @@ class ForkedText:
     def __init__(self, model: PreTrainedModel) -> None:
         """Start with nothing read."""
         self.model = model
-        self.length = 0
+        self.length = 0  # tokens read
+        self.position = 0  # of what comes next
         self._cache = DynamicCache()
 
     @torch.inference_mode()
@@ -74,6 +75,7 @@ class ForkedText:
         ids = torch.tensor([list(tokens)], device=self.model.device)
         self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self.length += len(tokens)
+        self.position = self.length
 
     @torch.inference_mode()
     def move(self, shifts: Sequence[float], rotaries: Sequence[Rotary | None]) -> None:
@@ -106,12 +108,12 @@ class ForkedText:
 
         Args:
             branches: The questions.
-            at: Position of each branch's first token; by default the slot after the text.
+            at: Position of each branch's first token; by default the one after the text.
             hidden: Slots of the text, [start, end), that each branch does not see. What was read after them has seen
                 them.
         """
         pack = _Pack(branches, self.model.device)
-        start = torch.tensor(at or [self.length] * len(branches), device=self.model.device)
+        start = torch.tensor(at or [self.position] * len(branches), device=self.model.device)
         with _branches_apart(self.model, self.length, pack, hidden):
             logits = self.model(
                 pack.ids[None],

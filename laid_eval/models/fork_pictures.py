@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL.Image import Image
@@ -24,10 +24,15 @@ from laid_eval.models.picture_frame import PictureFrame, Piece
 class Pictures(Protocol):
     """Pictures seen so far, and how they are asked about."""
 
-    length: int
-    """Tokens read."""
-    position: int
-    """RoPE position of what comes next."""
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """RoPE position of what comes next."""
+        ...
 
     def __init__(self, model: PreTrainedModel, frame: PictureFrame) -> None:
         """Start with the frame's opening."""
@@ -51,7 +56,6 @@ class ForkedPictures(ForkedText):
         """Start with the frame's opening."""
         super().__init__(model)
         self.frame = frame
-        self.position = 0
         opening = frame.opening()
         if opening:
             self._read(Piece(torch.tensor([opening]), {}))
@@ -63,17 +67,13 @@ class ForkedPictures(ForkedText):
     @torch.inference_mode()
     def _read(self, piece: Piece) -> None:
         positions = _positions(self.model, piece)
-        inputs = on(self.model, piece)
+        inputs = _on(self.model, piece)
         if positions is not None:
             positions = positions + self.position
             inputs["position_ids"] = positions.to(self.model.device)
         self.model(past_key_values=self._cache, use_cache=True, logits_to_keep=1, **inputs)
         self.length += piece.ids.shape[1]
         self.position = self.length if positions is None else int(positions.max()) + 1
-
-    def ask(self, branches: Sequence[Branch], at: Sequence[float] | None = None, hidden: Any = None) -> Any:
-        """Summed log-probability of every choice of every branch; what was seen stays as it was."""
-        return super().ask(branches, at or [self.position] * len(branches), hidden)
 
 
 class WholePictures:
@@ -83,22 +83,29 @@ class WholePictures:
         """Nothing is computed before a question comes."""
         self.model, self.frame = model, frame
         self._pictures: list[Image] = []
-        self._piece: Piece | None = None
-        self.length = self.position = len(frame.opening())
+        # Of all pictures; `None` where it is to be made.
+        self._piece: Piece | None = Piece(torch.zeros(1, 0, dtype=torch.long), {})
+        self._opening = frame.opening()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the opening and of all pictures."""
+        return len(self._opening) + self._shown().ids.shape[1]
+
+    @property
+    def position(self) -> int:
+        """RoPE position of what comes next."""
+        positions = _positions(self.model, self._shown()) if self._pictures else None
+        return self.length if positions is None else len(self._opening) + int(positions.max()) + 1
 
     def show(self, picture: Image) -> None:
         """Remember it."""
         self._pictures.append(picture)
         self._piece = None
-        piece = self.frame.piece([picture])
-        self.length += piece.ids.shape[1]
-        positions = _positions(self.model, piece)
-        self.position += piece.ids.shape[1] if positions is None else int(positions.max()) + 1
 
     @torch.inference_mode()
     def ask(self, branches: Sequence[Branch]) -> list[list[float]]:
         """Summed log-probability of every choice of every branch."""
-        self._piece = self._piece or self.frame.piece(self._pictures)
         return [self._ask(branch) for branch in branches]
 
     def pass_tokens(self, branch: Branch, read: int) -> int:
@@ -113,18 +120,23 @@ class WholePictures:
 
     def _logs(self, asked: list[int], kept: int) -> Tensor:
         """(kept, V) log-probabilities after the last tokens of the whole prompt."""
-        assert self._piece is not None
-        opening = self.frame.opening()
-        ids = torch.cat([torch.tensor([opening], dtype=torch.long), self._piece.ids, torch.tensor([asked])], dim=1)
-        inputs = dict(self._piece.inputs)
+        shown = self._shown()
+        ids = torch.cat([torch.tensor([self._opening], dtype=torch.long), shown.ids, torch.tensor([asked])], dim=1)
+        inputs = dict(shown.inputs)
         for name, value in inputs.items():
             if name.endswith("token_type_ids"):
-                inputs[name] = torch.nn.functional.pad(value, (len(opening), len(asked)))
-        out = self.model(use_cache=False, logits_to_keep=kept, **on(self.model, Piece(ids, inputs)))
+                inputs[name] = torch.nn.functional.pad(value, (len(self._opening), len(asked)))
+        out = self.model(use_cache=False, logits_to_keep=kept, **_on(self.model, Piece(ids, inputs)))
         return torch.log_softmax(out.logits[0, -kept:].float(), dim=-1)
 
+    def _shown(self) -> Piece:
+        """All pictures as the processor makes them together, made once."""
+        if self._piece is None:
+            self._piece = self.frame.piece(self._pictures)
+        return self._piece
 
-def on(model: PreTrainedModel, piece: Piece) -> dict[str, Tensor]:
+
+def _on(model: PreTrainedModel, piece: Piece) -> dict[str, Tensor]:
     """A piece as the model takes it, on its device, pictures in its type."""
     inputs = {"input_ids": piece.ids, **piece.inputs}
     return {

@@ -32,6 +32,19 @@ class Branch:
         return len(self.stem) + max(len(ending) for ending in self.endings)
 
 
+def branch_of(texts: Sequence[Sequence[int]]) -> Branch:
+    """Whole questions in tokens, one a choice, as what they share and what they don't; every choice keeps a token.
+
+    >>> branch_of([[1, 2, 3], [1, 2, 4, 5]])
+    Branch(stem=(1, 2), endings=((3,), (4, 5)))
+    """
+    shared = 0
+    shortest = min(len(text) for text in texts)
+    while shared < shortest - 1 and len({text[shared] for text in texts}) == 1:
+        shared += 1
+    return Branch(tuple(texts[0][:shared]), tuple(tuple(text[shared:]) for text in texts))
+
+
 @dataclass(frozen=True)
 class Frame:
     """Tokenizes around the haystack; `before` and `after` are the chat template's own text."""
@@ -61,12 +74,7 @@ class Frame:
         `told` is a last piece of the text that belongs to this question alone.
         """
         stem = f"{told}\n\nQuestion: {prompt}{self.after}{lead}"
-        texts = [self.continuation(f"{stem} {choice}") for choice in choices]
-        shared = 0
-        shortest = min(len(text) for text in texts)
-        while shared < shortest - 1 and len({text[shared] for text in texts}) == 1:
-            shared += 1
-        return Branch(tuple(texts[0][:shared]), tuple(tuple(text[shared:]) for text in texts))
+        return branch_of([self.continuation(f"{stem} {choice}") for choice in choices])
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)

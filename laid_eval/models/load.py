@@ -130,14 +130,7 @@ def load_tokenizer(described: Described) -> PreTrainedTokenizerBase:
     Raises:
         UserError: It can't be loaded.
     """
-    source = described.source
-    try:
-        with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source.folder, trust_remote_code=described.trust_remote_code
-            )
-    except Exception as error:  # whatever a broken checkpoint makes the library raise
-        raise UserError(load_failure(source, error)) from None
+    tokenizer: PreTrainedTokenizerBase = _from_folder(AutoTokenizer, described)
     return tokenizer
 
 
@@ -147,52 +140,21 @@ def load(described: Described, tokenizer: PreTrainedTokenizerBase | None = None)
     Raises:
         UserError: The weights can't be loaded, or the model sees later tokens (it is not causal).
     """
-    source = described.source
     tokenizer = tokenizer or load_tokenizer(described)
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                config=described.config,
-                dtype=described.dtype,
-                trust_remote_code=described.trust_remote_code,
-                use_safetensors=None if described.allow_pickle else True,
-            )
-        torch.nn.Module.to(model, described.device)
-    except Exception as error:  # whatever a broken checkpoint makes the library raise
-        raise UserError(load_failure(source, error)) from None
-    model.eval()
-    refuse_if_not_causal(source.name, model)
-    parameters = sum(p.numel() for p in model.parameters())
-    info = described.info.model_copy(update={"parameters": parameters, "chat_template": bool(tokenizer.chat_template)})
-    return LoadedModel(model, tokenizer, info)
+    model = _load_weights(AutoModelForCausalLM, described)
+    refuse_if_not_causal(described.source.name, model)
+    return LoadedModel(model, tokenizer, _loaded_info(described, model, tokenizer))
 
 
-def load_vision(described: Described) -> LoadedVision:
-    """Load weights and processor of a model that takes pictures.
+def load_vision(described: Described, processor: ProcessorMixin | None = None) -> LoadedVision:
+    """Load weights and processor of a model that takes pictures; a processor already loaded is taken as it is.
 
     Raises:
         UserError: It takes none, or can't be loaded.
     """
-    source = described.source
-    processor = load_processor(described)
-    try:
-        with quiet():
-            model = AutoModelForImageTextToText.from_pretrained(
-                source.folder,
-                config=described.config,
-                dtype=described.dtype,
-                trust_remote_code=described.trust_remote_code,
-                use_safetensors=None if described.allow_pickle else True,
-            )
-        torch.nn.Module.to(model, described.device)
-    except Exception as error:  # whatever a broken checkpoint makes the library raise
-        raise UserError(load_failure(source, error)) from None
-    model.eval()
-    parameters = sum(p.numel() for p in model.parameters())
-    has_template = bool(getattr(processor, "chat_template", None))
-    info = described.info.model_copy(update={"parameters": parameters, "chat_template": has_template})
-    return LoadedVision(model, processor, info)
+    processor = processor or load_processor(described)
+    model = _load_weights(AutoModelForImageTextToText, described)
+    return LoadedVision(model, processor, _loaded_info(described, model, processor))
 
 
 def load_processor(described: Described) -> ProcessorMixin:
@@ -202,14 +164,47 @@ def load_processor(described: Described) -> ProcessorMixin:
         UserError: The model takes no pictures, or its processor can't be loaded.
     """
     refuse_without_vision(described)
+    processor: ProcessorMixin = _from_folder(AutoProcessor, described)
+    return processor
+
+
+def _from_folder(maker: Any, described: Described, **options: Any) -> Any:
+    """What a class of transformers makes of the model's folder.
+
+    Raises:
+        UserError: It can't.
+    """
     try:
         with quiet():
-            processor: ProcessorMixin = AutoProcessor.from_pretrained(
-                described.source.folder, trust_remote_code=described.trust_remote_code
+            return maker.from_pretrained(
+                described.source.folder, trust_remote_code=described.trust_remote_code, **options
             )
     except Exception as error:  # whatever a broken checkpoint makes the library raise
         raise UserError(load_failure(described.source, error)) from None
-    return processor
+
+
+def _load_weights(maker: Any, described: Described) -> PreTrainedModel:
+    """The model on its device, ready to be asked. Raises as `_from_folder`."""
+    model: PreTrainedModel = _from_folder(
+        maker,
+        described,
+        config=described.config,
+        dtype=described.dtype,
+        use_safetensors=None if described.allow_pickle else True,
+    )
+    try:
+        torch.nn.Module.to(model, described.device)
+    except Exception as error:  # no room on the accelerator
+        raise UserError(load_failure(described.source, error)) from None
+    model.eval()
+    return model
+
+
+def _loaded_info(described: Described, model: PreTrainedModel, words: Any) -> ModelInfo:
+    """The record with what only a loaded model knows; `words` is its tokenizer or processor."""
+    parameters = sum(p.numel() for p in model.parameters())
+    template = bool(getattr(words, "chat_template", None))
+    return described.info.model_copy(update={"parameters": parameters, "chat_template": template})
 
 
 def takes_pictures(described: Described) -> bool:

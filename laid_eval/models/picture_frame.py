@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from laid_eval.errors import UserError
-from laid_eval.models.frame import Branch, Frame
+from laid_eval.models.frame import Branch, Frame, branch_of
 
 _MARK = "@@QUESTION@@"
 _OWN = ("input_ids", "attention_mask")
@@ -66,12 +66,7 @@ class PictureFrame:
     def branch(self, prompt: str, lead: str, choices: Sequence[str]) -> Branch:
         """A question with its choices, tokenized as whole texts so that no boundary is forced."""
         stem = self.after.replace(_MARK, prompt) + lead
-        texts = [tuple(self._plain(f"{stem}{' ' if lead else ''}{choice}")) for choice in choices]
-        shared = 0
-        shortest = min(len(text) for text in texts)
-        while shared < shortest - 1 and len({text[shared] for text in texts}) == 1:
-            shared += 1
-        return Branch(texts[0][:shared], tuple(text[shared:] for text in texts))
+        return branch_of([self._plain(f"{stem}{' ' if lead else ''}{choice}") for choice in choices])
 
     def _plain(self, text: str) -> list[int]:
         return list(self.words.tokenizer(text, add_special_tokens=False).input_ids)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from laid_eval.models.cost import peak_memory
 from laid_eval.models.fork import ForkedText, Text, WholePrompts, why_not_forked
-from laid_eval.models.frame import Branch, frame_of
+from laid_eval.models.frame import Branch, Frame, frame_of
 from laid_eval.models.load import LoadedModel
+from laid_eval.models.picture_frame import PictureFrame
 from laid_eval.window.questions import Question
 from laid_eval.window.readers import Asked
 
@@ -30,7 +32,7 @@ class ModelReader:
         self.frame = frame_of(loaded.tokenizer)
         self._protocol = protocol or (WholePrompts if reason else ForkedText)
         self._text = self._protocol(self.model)
-        self._branches: dict[Question, Branch] = {}
+        self._branch = branches_of(self.frame)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text` as a continuation of other text."""
@@ -50,7 +52,6 @@ class ModelReader:
 
     def begin(self) -> None:
         """Drop the cache."""
-        self._branches.clear()
         self._text = self._protocol(self.model)
 
     def read(self, tokens: Sequence[int]) -> None:
@@ -65,7 +66,12 @@ class ModelReader:
         """Peak resident memory of the process, or of the accelerator's allocator."""
         return peak_memory(self.model.device)
 
-    def _branch(self, question: Question) -> Branch:
-        if question not in self._branches:
-            self._branches[question] = self.frame.branch(question.prompt, question.lead, question.choices)
-        return self._branches[question]
+
+def branches_of(frame: Frame | PictureFrame) -> Callable[[Question], Branch]:
+    """Questions in tokens; each is made once."""
+
+    @lru_cache(maxsize=1024)
+    def branch(question: Question) -> Branch:
+        return frame.branch(question.prompt, question.lead, question.choices)
+
+    return branch

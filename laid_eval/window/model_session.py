@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL.Image import new
+from transformers import ProcessorMixin
 
 from laid_eval.models.cost import Shape, check_memory, needed_memory, shape_of, speed_test
 from laid_eval.models.load import Described, describe, load, load_processor, load_vision
@@ -38,13 +40,18 @@ class Prepared:
         """Refuse a length that does not fit; see `models.cost.check_memory`."""
         check_memory(self.described, self.shape, length, chunk, each)
 
+    @cached_property
+    def processor(self) -> ProcessorMixin:
+        """Of a model that takes pictures; see `models.load.load_processor`."""
+        return load_processor(self.described)
+
     def picture_tokens(self, size: int) -> int:
         """Tokens of a picture of size x size pixels.
 
         Raises:
             UserError: The model takes no pictures, or its processor can't be loaded.
         """
-        frame = picture_frame(self.described.source.name, load_processor(self.described))
+        frame = picture_frame(self.described.source.name, self.processor)
         return int(frame.piece([new("RGB", (size, size))]).ids.shape[1])
 
     def quote(self, settings: Settings, each: int = 1) -> Quote:
@@ -75,7 +82,7 @@ class Prepared:
         """The reader of pictures, and the seconds it took to load."""
         started = time.perf_counter()
         sample = [draw(Scene(probe.objects[k : k + probe.per_image], k), probe.size) for k in range(3)]
-        reader = ModelPictureReader(load_vision(self.described), sample, longest)
+        reader = ModelPictureReader(load_vision(self.described, self.processor), sample, longest)
         return reader, time.perf_counter() - started
 
 

@@ -8,9 +8,9 @@ from PIL.Image import Image, new
 
 from laid_eval.models.cost import peak_memory
 from laid_eval.models.fork_pictures import ForkedPictures, Pictures, WholePictures, why_not_forked
-from laid_eval.models.frame import Branch
 from laid_eval.models.load import LoadedVision
 from laid_eval.models.picture_frame import picture_frame
+from laid_eval.window.model_reader import branches_of
 from laid_eval.window.questions import Question
 from laid_eval.window.readers import Asked, Extent
 
@@ -35,12 +35,11 @@ class ModelPictureReader:
         self.info = loaded.info.model_copy(update={"fan_out": f"whole prompts: {reason}" if reason else "forked"})
         self._protocol = protocol or (WholePictures if reason else ForkedPictures)
         self._seen: Pictures = self._protocol(self.model, self.frame)
-        self._branches: dict[Question, Branch] = {}
+        self._branch = branches_of(self.frame)
         self._extents: dict[tuple[int, int], Extent] = {}
 
     def begin(self) -> None:
         """Forget everything seen."""
-        self._branches.clear()
         self._seen = self._protocol(self.model, self.frame)
 
     def show(self, picture: Image) -> None:
@@ -59,10 +58,9 @@ class ModelPictureReader:
     def extent(self, width: int, height: int) -> Extent:
         """What a picture of so many pixels takes."""
         if (width, height) not in self._extents:
-            trial = WholePictures(self.model, self.frame)
-            tokens, positions = trial.length, trial.position
+            trial, opening = WholePictures(self.model, self.frame), self.opening_extent()
             trial.show(new("RGB", (width, height)))
-            self._extents[width, height] = Extent(trial.length - tokens, trial.position - positions)
+            self._extents[width, height] = Extent(trial.length - opening.tokens, trial.position - opening.positions)
         return self._extents[width, height]
 
     def question_tokens(self, question: Question) -> int:
@@ -76,8 +74,3 @@ class ModelPictureReader:
     def peak_memory_bytes(self) -> int | None:
         """Peak resident memory of the process, or of the accelerator's allocator."""
         return peak_memory(self.model.device)
-
-    def _branch(self, question: Question) -> Branch:
-        if question not in self._branches:
-            self._branches[question] = self.frame.branch(question.prompt, question.lead, question.choices)
-        return self._branches[question]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -78,6 +78,11 @@ class State:
         return cast(Reader, self.reader)
 
     @property
+    def picture_reader(self) -> PictureReader:
+        """Where it is pictures."""
+        return cast(PictureReader, self.reader)
+
+    @property
     def forks(self) -> bool:
         """Whether a haystack is read once, or again for every question."""
         return not (self.reader.info.fan_out or "").startswith("whole prompts")
@@ -139,38 +144,73 @@ def read_haystack(state: State, probe: TextProbe, haystack: int, cuts: tuple[int
     # The chunks are those of an uninterrupted run, so resuming changes no rounding.
     chunks = _chunks([len(opening) + end for end in own], settings.chunk)
     read = 0  # tokens the reader holds; stays behind while trials come from disk
+
+    def read_to(target: int, gone: int) -> None:
+        nonlocal read
+        for at, to in chunks:
+            if read <= at < target:
+                reader.read(tokens[at:to])
+                read = to
+                state.report(probe.name, haystack, to, len(tokens), to - gone)
+
+    def stops() -> Iterator[Stop]:
+        for cut, end in zip(cuts, own, strict=True):
+            asked = _choose(probe, story, text, haystack, cut, end, np.random.default_rng([*stream, cut]))
+            target = len(opening) + end
+            yield Stop(cut, asked, target, target, partial(read_to, target))
+
+    ask_along(state, probe, haystack, stops(), len(tokens))
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A cut point of a haystack: what is asked there, and how to get there."""
+
+    cut: int
+    asked: list[Asked]
+    tokens: int
+    """Read before the questions."""
+    length: int
+    """The same for the live line, tokens or images."""
+    read: Callable[[int], None]
+    """Reads on up to here; given the tokens that are accounted for."""
+
+
+def ask_along(state: State, probe: Declared, haystack: int, stops: Iterable[Stop], longest: int) -> None:
+    """Ask at each cut point and keep the trials, until two successive lengths are at chance.
+
+    What is on disk is not asked again, and nothing is read for it.
+    """
+    reader = state.reader
     begun = False
-    gone = 0
-    before = 0
-    for cut, end in zip(cuts, own, strict=True):
-        asked = _choose(probe, story, text, haystack, cut, end, np.random.default_rng([*stream, cut]))
-        target = len(opening) + end
-        if any(a.id not in state.known for a in asked):
+    gone = before = 0
+    for stop in stops:
+        if any(a.id not in state.known for a in stop.asked):
             started = time.perf_counter()
             if not begun:
                 reader.begin()
                 begun = True
-            for at, to in chunks:
-                if read <= at < target:
-                    reader.read(tokens[at:to])
-                    read = to
-                    state.report(probe.name, haystack, to, len(tokens), to - gone)
+            stop.read(gone)
             # All of them, also where a kill lost only some: a pass of another shape would round differently.
-            answered = _trials(probe, asked, reader.ask(asked), target, reader)
+            answers = reader.ask(stop.asked)
             state.seconds += time.perf_counter() - started
-            new = [trial for trial in answered if trial.id not in state.known]
+            new = [
+                trial_of(probe, a, logs, stop.tokens + reader.question_tokens(a.question))
+                for a, logs in zip(stop.asked, answers, strict=True)
+                if a.id not in state.known
+            ]
             append_trials(state.folder, new)
             state.known |= {trial.id: trial for trial in new}
-        state.trials[probe.name] += [state.known[a.id] for a in asked]
-        state.prefill += target - gone if state.forks else 0
-        gone = target
-        state.asked += sum(reader.pass_tokens(a.question, target) for a in asked)
-        state.whole += sum(target + reader.question_tokens(a.question) for a in asked)
-        state.report(probe.name, haystack, target, len(tokens))
-        lately = [t for t in state.trials[probe.name] if t.length in (before, cut)]
+        state.trials[probe.name] += [state.known[a.id] for a in stop.asked]
+        state.prefill += stop.tokens - gone if state.forks else 0
+        gone = stop.tokens
+        state.asked += sum(reader.pass_tokens(a.question, stop.tokens) for a in stop.asked)
+        state.whole += sum(stop.tokens + reader.question_tokens(a.question) for a in stop.asked)
+        state.report(probe.name, haystack, stop.length, longest)
+        lately = [t for t in state.trials[probe.name] if t.length in (before, stop.cut)]
         if before and at_chance(trial_table(lately)):
             return
-        before = cut
+        before = stop.cut
 
 
 def _chunks(ends: list[int], size: int) -> list[tuple[int, int]]:
@@ -209,15 +249,6 @@ def _depth(question: Question, text: Haystack, end: int) -> float | None:
     if span is None:
         raise AssertionError("a question was asked about a statement that was not planted")
     return (span[0] + span[1]) / 2 / end
-
-
-def _trials(
-    probe: TextProbe, asked: list[Asked], answers: list[list[float]], prefix: int, reader: Reader
-) -> list[Trial]:
-    return [
-        trial_of(probe, a, logs, prefix + reader.question_tokens(a.question))
-        for a, logs in zip(asked, answers, strict=True)
-    ]
 
 
 def trial_of(probe: Declared, asked: Asked, logs: list[float], prompt_tokens: int) -> Trial:

@@ -134,20 +134,16 @@ def measure_window(
                 raise UserError(f"Probe {pictures[0].name!r} shows pictures; this reader reads text alone.")
             each = cast(PictureReader, model).extent(pictures[0].size, pictures[0].size).tokens
         make: Callable[[int], tuple[Reader | PictureReader, float]] = lambda _: (reader, 0.0)  # noqa: E731
-        longest = _max_length(info, max_length) if not pictures else max_length or _most_pictures(info, each)
     else:
         # Loads torch; a scripted reader does not need it.
         from laid_eval.window.model_session import prepare
 
         prepared = prepare(model, revision, dtype, device, rope_scaling, trust_remote_code, allow_pickle)
-        info = prepared.info
+        info, make = prepared.info, prepared.load
         if pictures:
             each = prepared.picture_tokens(pictures[0].size)
-            longest = max_length if max_length is not None else _most_pictures(info, each)
             make = lambda longest: prepared.load_pictures(pictures[0], longest * each)  # noqa: E731
-        else:
-            longest = _max_length(info, max_length)
-            make = prepared.load
+    longest = max_length if max_length is not None else _furthest(info, each if pictures else None)
     source = (corpus.name, corpus.hash) if corpus else scenes_source()
     settings = _settings(
         probes, source, longest, min_length, criterion, anchor, confidence, precision, budget, seed, each
@@ -185,15 +181,10 @@ def _check_pictures(probes: list[ScenesProbe], haystack: Sequence[str | Path], o
         raise UserError(f"--haystack is filler text; probe {probes[0].name!r} draws its pictures itself. Leave it out.")
     if options:
         raise UserError("--why explains windows in text; those in images can't be split yet. Leave it out.")
-    for name in {name for probe in probes for name in probe.objects}:
+    for name in dict.fromkeys(name for probe in probes for name in probe.objects):
         draw(Scene((name,), 0), 32)  # refuses what has no picture, before anything is loaded
     if len({probe.size for probe in probes}) > 1:
         raise UserError("Probes with pictures of different sizes take different context. Measure them in two runs.")
-
-
-def _most_pictures(info: ModelInfo, each: int) -> int:
-    """As far as is asked by default: the paper's longest haystack, or what the claimed length holds."""
-    return min(PICTURES, round(REACH * info.claimed_length) // each) if info.claimed_length else PICTURES
 
 
 def _moving(reader: Reader | PictureReader, longest: int) -> WhyReader:
@@ -231,9 +222,10 @@ def _make_folder(folder: Path) -> list[Path]:
     return made
 
 
-def _max_length(info: ModelInfo, asked: int | None) -> int:
-    if asked is not None:
-        return asked
+def _furthest(info: ModelInfo, picture: int | None) -> int:
+    """How far is asked by default; where a picture takes so many tokens, in images: no further than the paper."""
+    if picture is not None:
+        return min(PICTURES, round(REACH * info.claimed_length) // picture) if info.claimed_length else PICTURES
     if not info.claimed_length:
         raise UserError(f"Model {info.name!r} states no maximum length; say how far to look: --max-length 8192.")
     return round(REACH * info.claimed_length)

@@ -39,11 +39,20 @@ def token_axis(ax: Axes, low: float, high: float, label: str = "context length (
     """A logarithmic axis in powers of two."""
     ax.set_xscale("log", base=2)
     ax.set_xlim(low, high)
-    ticks = [2.0**k for k in range(int(np.ceil(np.log2(low))), int(np.floor(np.log2(high))) + 1)]
+    ticks = powers_of_two(low, high)
     ax.set_xticks(ticks, [tokens_text(t) for t in ticks])
     ax.set_xticks([], minor=True)
     ax.set_xlabel(label)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def powers_of_two(low: float, high: float) -> list[float]:
+    """Those that lie between.
+
+    >>> powers_of_two(3, 17)
+    [4.0, 8.0, 16.0]
+    """
+    return [2.0**k for k in range(int(np.ceil(np.log2(low))), int(np.floor(np.log2(high))) + 1)]
 
 
 def tokens_text(tokens: float) -> str:

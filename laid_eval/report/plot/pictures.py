@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laid_eval.errors import UserError
-from laid_eval.report.plot.axes import INK, save_figure
+from laid_eval.report.plot.axes import CLAIMED, CRITERIA, INK, save_figure
 from laid_eval.resources import content_hash
 from laid_eval.runs import LoadedRun, load_run, load_trials
 from laid_eval.window.picture_reading import asked_at, draw_haystack
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN, _ACROSS = 8, 4  # pictures
 _ASKED = 6
-RIGHT, WRONG = "#009E73", "#D55E00"
+_RIGHT, _WRONG = CRITERIA[0], CLAIMED  # green and red that all readers tell apart
 
 
 def haystack(run: LoadedRun | str | os.PathLike[str], figure: Figure | None = None, probe: str | None = None) -> Figure:
@@ -72,7 +72,7 @@ def haystack(run: LoadedRun | str | os.PathLike[str], figure: Figure | None = No
         verdict = "right" if trial.score == 1 else "wrong" if trial.score == 0 else "tied"
         lines.text(
             0.02, y - 0.005, f"right answer: {trial.answer}     {loaded.header.model.name}: {said} ({verdict})",
-            fontsize=8.5, va="top", color=RIGHT if trial.score == 1 else WRONG,
+            fontsize=8.5, va="top", color=_RIGHT if trial.score == 1 else _WRONG,
         )  # fmt: skip
     of = f"the first {count} of {cuts[-1]} images" if cuts[-1] > count else f"{count} images"
     figure.suptitle(f"{loaded.header.model.name}, probe '{name}': {of} of haystack 1", fontsize=11, x=0.01, ha="left")

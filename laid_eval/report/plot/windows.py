@@ -14,7 +14,17 @@ from scipy.stats import beta
 
 from laid_eval.errors import UserError
 from laid_eval.records import ImageExtent, WindowEstimate
-from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, save_figure, token_axis, tokens_text
+from laid_eval.report.plot.axes import (
+    CLAIMED,
+    CRITERIA,
+    CURVE,
+    INK,
+    new_axes,
+    powers_of_two,
+    save_figure,
+    token_axis,
+    tokens_text,
+)
 from laid_eval.runs import LoadedRun, load_run
 
 if TYPE_CHECKING:
@@ -85,7 +95,6 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
     lengths = trials["length"]
     if claimed and lengths.min() <= claimed <= lengths.max() * 1.1:
         ax.axvline(claimed, color=CLAIMED, lw=1.2, ls="--", label=f"claimed length ({claimed:,})")
-    unit = "images" if image else "tokens"
     short, long = float(lengths.min()), float(lengths.max())
     found = [w for w in run.windows if w.probe == name]
     windows = [w.length or (short if w.censored == "below" else long) for w in found]
@@ -94,7 +103,7 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
     rows = _criteria_rows(ax, found, short, long, left)
     ax.set_ylim(-_ROW * (rows + 0.9), 1.05)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    token_axis(ax, short / 1.15, long * 1.15, f"context length ({unit})")
+    token_axis(ax, short / 1.15, long * 1.15, f"context length ({run.header.unit})")
     if image:
         _other_measures(ax, image)
     ax.set_ylabel("score")
@@ -150,7 +159,7 @@ def depth(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, probe
     middle = [placed.loc[column == c, "length"].mean() for c in columns]
     ax.set_xticks(range(len(columns)), [tokens_text(v) for v in middle])
     ax.set_yticks(range(_DEPTHS), [f"{100 * r // _DEPTHS}-{100 * (r + 1) // _DEPTHS}%" for r in range(_DEPTHS)])
-    ax.set_xlabel(f"context length ({'images' if run.header.image else 'tokens'}, half-octave bins)")
+    ax.set_xlabel(f"context length ({run.header.unit}, half-octave bins)")
     ax.set_ylabel("needle depth\n(0% = start)")
     ax.set_title(title, loc="left", fontsize=11)
     ax.figure.colorbar(image, ax=ax, label="mean score", fraction=0.04, pad=0.02)
@@ -205,7 +214,7 @@ def _other_measures(ax: Axes, image: ImageExtent) -> None:
     for k, (name, each) in enumerate((("tokens", image.tokens), ("RoPE positions", image.positions))):
         below = ax.secondary_xaxis(-0.16 - 0.13 * k, functions=(partial(mul, each), partial(mul, 1 / each)))
         low, high = (v * each for v in ax.get_xlim())
-        ticks = [2.0**p for p in range(int(np.ceil(np.log2(low))), int(np.floor(np.log2(high))) + 1)]
+        ticks = powers_of_two(low, high)
         below.set_xscale("log", base=2)
         below.set_xticks(ticks, [tokens_text(t) for t in ticks], fontsize=7.5)
         below.set_xticks([], minor=True)
