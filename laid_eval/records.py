@@ -199,7 +199,9 @@ class ModelInfo(Record):
     rope_scaling: str | None = None
     chat_template: bool | None = None
     fan_out: str | None = None
-    """`forked` (one prefill, many questions) or `whole prompts: <why>`."""
+    """`forked` (one prefill, many questions), `shared prefixes` (a server's cache), or `whole prompts: <why>`."""
+    server: str | None = None
+    """What answered over HTTP and how it was asked: `vllm 0.32.0, tokens`; `None` in this process."""
 
 
 class ImageExtent(Record):

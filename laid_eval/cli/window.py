@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,6 +30,8 @@ from laid_eval.cli.console import (
     show,
     stderr,
 )
+from laid_eval.cli.serve import ServerEnv
+from laid_eval.cli.served_window import ServerOptions, measure_behind
 from laid_eval.cli.why import show_why
 from laid_eval.errors import UserError
 
@@ -51,6 +53,10 @@ EPILOG = """
 `laid-eval window --model smollm2 --rope-scaling yarn:2`  what the window would be if
 
 `laid-eval window --model smollm2 --out runs/mine --why`  why it ends
+
+`laid-eval window --model ./checkpoint --backend vllm`  through vLLM, started and stopped for it
+
+`laid-eval window --base-url http://127.0.0.1:8000/v1 --model NAME`  through a server that runs
 """
 
 
@@ -102,6 +108,22 @@ def window(
     ] = None,
     why_haystacks: Annotated[int | None, typer.Option(help="Texts to read for --why. Default: 6.")] = None,
     why_questions: Annotated[int | None, typer.Option(help="Most questions on each of them. Default: 12.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="hf: in this process. vllm: through a vLLM server that is started and stopped.")
+    ] = "hf",
+    base_url: Annotated[
+        str | None, typer.Option(help="Running OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of a served model: folder or Hub id. Default: the server's checkpoint.")
+    ] = None,
+    api: Annotated[str, typer.Option(help="How a server is asked: auto, tokens, completions or chat.")] = "auto",
+    answers: Annotated[
+        str, typer.Option(help="logprobs: of the choices. generate: replies, for servers that give none.")
+    ] = "logprobs",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to a server under way at once.")] = 8,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one answer of a server.")] = 600.0,
+    server_env: ServerEnv = None,
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Measure readers with known windows instead of a model.")
     ] = False,
@@ -114,7 +136,7 @@ def window(
         return
     if model is None:
         raise UserError("Which model? Pass --model; try: laid-eval window --model smollm2")
-    given = {"why_length": why_length, "why_haystacks": why_haystacks, "why_questions": why_questions}
+    given: dict[str, Any] = {"why_length": why_length, "why_haystacks": why_haystacks, "why_questions": why_questions}
     chosen = {name: value for name, value in given.items() if value is not None}
     if chosen and not why:
         raise UserError(f"--{next(iter(chosen)).replace('_', '-')} only means something with --why; add it.")
@@ -125,32 +147,24 @@ def window(
     from laid_eval.runs import TRIALS, WHY
     from laid_eval.window.session import measure_window
 
+    asked: dict[str, Any] = {
+        "probe": probe or ["needle"], "out": out, "max_length": max_length, "min_length": min_length,
+        "haystack": haystack or [], "criterion": criterion, "anchor": anchor, "confidence": confidence,
+        "precision": precision, "budget": budget, "seed": seed,
+    }  # fmt: skip
+    of_model: dict[str, Any] = {
+        "revision": revision, "dtype": dtype, "device": device, "rope_scaling": rope_scaling,
+        "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+    }  # fmt: skip
+    server = ServerOptions(backend, base_url, tokenizer, api, answers, concurrency, timeout, server_env)
+    if server.used and why:
+        raise UserError("--why turns keys of the model's cache, which no server lets out. Measure with --backend hf.")
     with _live() as (announce, step):
         try:
-            run = measure_window(
-                model,
-                probe or ["needle"],
-                out=out,
-                max_length=max_length,
-                min_length=min_length,
-                haystack=haystack or [],
-                criterion=criterion,
-                anchor=anchor,
-                confidence=confidence,
-                precision=precision,
-                budget=budget,
-                seed=seed,
-                revision=revision,
-                dtype=dtype,
-                device=device,
-                rope_scaling=rope_scaling,
-                trust_remote_code=trust_remote_code,
-                allow_pickle=allow_pickle,
-                why=why,
-                **chosen,
-                announce=announce,
-                progress=step,
-            )
+            if server.used:
+                run = measure_behind(model, server, of_model, {**asked, "progress": step})
+            else:
+                run = measure_window(model, **asked, **of_model, why=why, **chosen, announce=announce, progress=step)
         except KeyboardInterrupt:
             step.interrupted()
     figures = [*save_figures(run), *save_why(run), *save_pictures(run)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,25 @@ class Asked:
     haystack: int
     length: int
     depth: float | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No answer came: a failed trial, never a wrong one."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer in the model's own words, where it gives no log-probabilities."""
+
+    choice: int | None
+    """The choice that it names; `None`: none, or several, which is wrong."""
+
+
+Answer: TypeAlias = "list[float] | Said | Failure"
+"""Of a forced choice: the log-probability of every choice, or what came in their place."""
 
 
 class Reader(Protocol):
@@ -64,7 +83,7 @@ class Reader(Protocol):
         """Read on."""
         ...
 
-    def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
+    def ask(self, questions: Sequence[Asked]) -> Sequence[Answer]:
         """Log-probability of every choice of every question, given all that was read; nothing is remembered."""
         ...
 
@@ -114,7 +133,7 @@ class PictureReader(Protocol):
         """See one more picture."""
         ...
 
-    def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
+    def ask(self, questions: Sequence[Asked]) -> Sequence[Answer]:
         """Log-probability of every choice of every question, given all that was seen; nothing is remembered."""
         ...
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from laid_eval.window.haystack import Corpus, Encode, Haystack, build, pick_by_d
 from laid_eval.window.plan import STRATA, at_chance
 from laid_eval.window.probes import Declared, TextProbe
 from laid_eval.window.questions import Question, Story, draw_story
-from laid_eval.window.readers import Asked, PictureReader, Reader
+from laid_eval.window.readers import Answer, Asked, Failure, PictureReader, Reader, Said
 
 _LEAST_TEXT = 64  # tokens of haystack in the shortest context
 
@@ -195,8 +195,8 @@ def ask_along(state: State, probe: Declared, haystack: int, stops: Iterable[Stop
             answers = reader.ask(stop.asked)
             state.seconds += time.perf_counter() - started
             new = [
-                trial_of(probe, a, logs, stop.tokens + reader.question_tokens(a.question))
-                for a, logs in zip(stop.asked, answers, strict=True)
+                trial_of(probe, a, answer, stop.tokens + reader.question_tokens(a.question))
+                for a, answer in zip(stop.asked, answers, strict=True)
                 if a.id not in state.known
             ]
             append_trials(state.folder, new)
@@ -251,25 +251,36 @@ def _depth(question: Question, text: Haystack, end: int) -> float | None:
     return (span[0] + span[1]) / 2 / end
 
 
-def trial_of(probe: Declared, asked: Asked, logs: list[float], prompt_tokens: int) -> Trial:
-    """The record of one answer: `logs` are the log-probabilities of the choices."""
+def trial_of(probe: Declared, asked: Asked, answer: Answer, prompt_tokens: int) -> Trial:
+    """The record of one answer."""
     question = asked.question
-    valid = all(math.isfinite(value) for value in logs)
-    best = max(logs) if valid else 0.0
-    winners = [i for i, value in enumerate(logs) if value == best]
-    right = logs[question.answer]
-    wrong = max(value for i, value in enumerate(logs) if i != question.answer)
-    return Trial(
+    trial = Trial(
         id=asked.id,
         probe=probe.name,
         haystack=asked.haystack,
         length=asked.length,
         prompt_tokens=prompt_tokens,
         depth=None if asked.depth is None else round(asked.depth, 4),
-        score=(question.answer in winners) / len(winners) if valid else None,
+        score=None,
         chance=question.chance,
-        margin=right - wrong if valid else None,
         answer=question.choices[question.answer],
-        chosen=question.choices[winners[0]] if valid else None,
-        error=None if valid else "the model gave a log-probability that is not finite",
     )
+    return trial.model_copy(update=_verdict(question, answer))
+
+
+def _verdict(question: Question, answer: Answer) -> dict[str, Any]:
+    """Score and choice, or why there are none."""
+    if isinstance(answer, Failure):
+        return {"error": answer.reason}
+    if isinstance(answer, Said):
+        chosen = None if answer.choice is None else question.choices[answer.choice]
+        return {"score": float(answer.choice == question.answer), "chosen": chosen}
+    if not all(math.isfinite(value) for value in answer):
+        return {"error": "the model gave a log-probability that is not finite"}
+    winners = [i for i, value in enumerate(answer) if value == max(answer)]
+    wrong = max(value for i, value in enumerate(answer) if i != question.answer)
+    return {
+        "score": (question.answer in winners) / len(winners),
+        "margin": answer[question.answer] - wrong,
+        "chosen": question.choices[winners[0]],
+    }

@@ -301,7 +301,7 @@ def train_language(name: str, model, batcher: Batcher, folder: Path, minutes: fl
         longest, step, spent = state["longest"], state["step"], state["spent"]
     recent: deque[float] = deque(maxlen=40)
     while spent < 60 * minutes:
-        started = time.time()
+        started = time.process_time()
         rng = np.random.default_rng([SEED, 3, step])
         count = longest if step % 2 else round(math.exp(rng.uniform(0, math.log(longest))))
         harder = longest > FIRST
@@ -320,7 +320,7 @@ def train_language(name: str, model, batcher: Batcher, folder: Path, minutes: fl
             longest = min(most, math.ceil(longest * 1.6))
             recent.clear()
         step += 1
-        spent += time.time() - started
+        spent += time.process_time() - started
         if step % 50 == 0:
             log(stage=name, step=step, longest=longest, count=count, loss=float(loss), which=which, yes_no=yes_no,
                 recent=float(np.mean(recent)) if recent else 0.0, minutes=round(spent / 60, 2))  # fmt: skip

@@ -1,0 +1,1 @@
+"""Models behind HTTP: vLLM started and stopped, its answers measured, lm-eval run on it."""
