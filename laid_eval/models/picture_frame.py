@@ -65,8 +65,15 @@ class PictureFrame:
 
     def branch(self, prompt: str, lead: str, choices: Sequence[str]) -> Branch:
         """A question with its choices, tokenized as whole texts so that no boundary is forced."""
-        stem = self.after.replace(_MARK, prompt) + lead
+        stem = self._words(prompt) + lead
         return branch_of([self._plain(f"{stem}{' ' if lead else ''}{choice}") for choice in choices])
+
+    def stem(self, prompt: str) -> list[int]:
+        """Tokens of a question up to where a free answer starts."""
+        return self._plain(self._words(prompt))
+
+    def _words(self, prompt: str) -> str:
+        return self.after.replace(_MARK, prompt)
 
     def _plain(self, text: str) -> list[int]:
         return list(self.words.tokenizer(text, add_special_tokens=False).input_ids)
