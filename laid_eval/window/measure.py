@@ -34,7 +34,7 @@ from laid_eval.window.reading import Progress, State, check_room, read_haystack
 from laid_eval.window.visual_haystacks import DatasetProbe
 
 AnyProbe = Probe | DatasetProbe
-_REFIT = 1.25
+_REFIT = 1.5
 """The cases of a data set are fitted again whenever there are so many times as many."""
 
 

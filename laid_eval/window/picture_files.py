@@ -40,12 +40,12 @@ class PictureFolder:
         """
         try:
             path = (self._real / name).resolve()
-            inside = path.is_relative_to(self._real)
+            inside, there = path.is_relative_to(self._real), path.is_file()
         except (OSError, ValueError, RuntimeError):  # no name of a file: too long, a null, links in a circle
             return None
         if not inside:
             raise UserError(f"Picture {name!r} lies outside --images '{self.root}'; nothing is read from there.")
-        return path if path.is_file() else None
+        return path if there else None
 
     @cache  # noqa: B019 - a folder lives as long as the measurement
     def size(self, name: str) -> tuple[int, int]:

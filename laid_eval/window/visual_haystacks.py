@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from laid_eval.errors import UserError
 from laid_eval.records import Unit
@@ -40,9 +40,7 @@ class _Turn(BaseModel):
 class _Entry(BaseModel):
     """A case in the file; it may hold more."""
 
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    id: str
+    id: int | str
     conversations: Annotated[tuple[_Turn, ...], Field(min_length=2)]
     pos_image: Annotated[tuple[str, ...], Field(min_length=1)]
     neg_image: tuple[str, ...]
@@ -291,5 +289,5 @@ def _cases(entries: Sequence[_Entry]) -> tuple[Case, ...]:
     for number, entry in enumerate(entries):
         question, answer = (turn.value for turn in entry.conversations[:2])
         haystack = clusters.setdefault((question, entry.pos_image), len(clusters))
-        out.append(Case(number, entry.id, haystack, question, answer, entry.pos_image, entry.neg_image))
+        out.append(Case(number, str(entry.id), haystack, question, answer, entry.pos_image, entry.neg_image))
     return tuple(out)
