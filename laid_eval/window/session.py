@@ -211,10 +211,11 @@ def _dataset(
 
 def _check_reach(dataset: DatasetProbe, info: ModelInfo, each: int) -> None:
     """Refuse more images than a model can be expected to hold."""
-    if info.claimed_length and dataset.longest * each > REACH * info.claimed_length:
+    fits = round(REACH * info.claimed_length) // each if info.claimed_length else dataset.longest
+    if dataset.longest > fits:
         raise UserError(
             f"{dataset.longest} images of {dataset.source} take {dataset.longest * each:,} tokens; {info.name!r} "
-            f"claims {info.claimed_length:,}. Leave longer cases out: --max-length {_furthest(info, each)}."
+            f"claims {info.claimed_length:,}. Leave longer cases out: --max-length {fits}."
         )
 
 
