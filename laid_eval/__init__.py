@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from laid_eval.window.estimate import estimate_window
     from laid_eval.window.readers import ScriptedReader
     from laid_eval.window.session import measure_window
+    from laid_eval.window.visual_haystacks import visual_haystacks
 
 _HOMES = {
     "Criterion": "laid_eval.window.curve",
@@ -49,6 +50,7 @@ _HOMES = {
     "measure_spectrum": "laid_eval.spectrum.session",
     "measure_window": "laid_eval.window.session",
     "plot": "laid_eval.report",
+    "visual_haystacks": "laid_eval.window.visual_haystacks",
 }
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "measure_spectrum",
     "measure_window",
     "plot",
+    "visual_haystacks",
 ]
 
 

@@ -47,6 +47,9 @@ class Trial(Record):
     """Log-probability of the right choice minus that of the best wrong one, nats."""
     answer: str
     chosen: str | None = None
+    """The choice the model prefers; where it answers freely, its words."""
+    complied: bool | None = None
+    """Whether a free answer says yes or no at all; `None` where a choice was forced."""
     error: str | None = None
 
 
@@ -207,9 +210,9 @@ class ModelInfo(Record):
 class ImageExtent(Record):
     """What a picture takes in the context of a model."""
 
-    width: int
-    """Pixels."""
-    height: int
+    width: int | None
+    """Pixels; `None` where pictures differ in size, and tokens and positions are means."""
+    height: int | None
     tokens: int
     positions: int
     """RoPE positions by which it moves what follows; fewer than tokens where it counts by its longer side."""
@@ -255,6 +258,27 @@ class Cost(Record):
     """Peak of the process (CPU) or of the device's allocator (GPU)."""
 
 
+class Share(Record):
+    """A share of answers with its interval (Jeffreys, one observation a haystack)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class LengthScore(Record):
+    """The answers at one length, as a data set's own tables tell them."""
+
+    probe: str
+    length: int
+    questions: int
+    haystacks: int
+    score: Share
+    """Raw, chance not taken off."""
+    complied: Share | None = None
+    """Free answers that say yes or no at all; `None` where choices were forced."""
+
+
 class Run(Record):
     """The header of a run folder, `run.json`."""
 
@@ -272,7 +296,9 @@ class Run(Record):
     windows: tuple[WindowEstimate, ...] = ()
     curves: tuple[Curve, ...] = ()
     image: ImageExtent | None = None
-    """What a picture takes, where lengths are counted in images of one size."""
+    """What a picture takes, where lengths are counted in images."""
+    scores: tuple[LengthScore, ...] | None = None
+    """By length, of a data set; `None` for probes, whose lengths are chosen on the way."""
     why: tuple[Why, ...] | None = None
     """Why the window of each probe ends; `None` where it was not asked."""
     cost: Cost = Cost()

@@ -36,10 +36,11 @@ from laid_eval.cli.why import show_why
 from laid_eval.errors import UserError
 
 if TYPE_CHECKING:
-    from laid_eval.records import ImageExtent, WindowEstimate
+    from laid_eval.records import ImageExtent, Run, WindowEstimate
     from laid_eval.runs import LoadedRun
     from laid_eval.window.reading import Progress as Step
     from laid_eval.window.session import Quote
+    from laid_eval.window.visual_haystacks import DatasetProbe
 
 EPILOG = """
 **Examples**
@@ -57,6 +58,8 @@ EPILOG = """
 `laid-eval window --model ./checkpoint --backend vllm`  through vLLM, started and stopped for it
 
 `laid-eval window --base-url http://127.0.0.1:8000/v1 --model NAME`  through a server that runs
+
+`laid-eval window --model VLM --dataset visual_haystack_5.json --dataset visual_haystack_50.json --images coco`
 """
 
 
@@ -88,6 +91,23 @@ def window(
     anchor: Annotated[Path | None, typer.Option(help="Run folder whose base score `anchored` refers to.")] = None,
     confidence: Annotated[float, typer.Option(help="Mass of the interval.")] = 0.95,
     haystack: Haystack = None,
+    dataset: Annotated[
+        list[Path] | None,
+        typer.Option(help="visual_haystack_*.json of the published Visual Haystacks instead of a probe. Repeatable."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder with the data set's pictures: train2017, val2017.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="seeded: forced choice. published: free answers, scored as published.")
+    ] = "seeded",
+    positions: Annotated[
+        bool, typer.Option("--positions", help="The published position experiment: the needle at about ten places.")
+    ] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave out cases of the data set whose pictures are not there.")
+    ] = False,
+    questions: Annotated[int | None, typer.Option(help="Cases of each file, from its start. Default: all.")] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -140,6 +160,9 @@ def window(
     chosen = {name: value for name, value in given.items() if value is not None}
     if chosen and not why:
         raise UserError(f"--{next(iter(chosen)).replace('_', '-')} only means something with --why; add it.")
+    data = _dataset(dataset, images, protocol, positions, allow_missing, questions)
+    if data and probe:
+        raise UserError("--dataset brings its own questions; leave --probe out.")
     # Imported here: --help needs none of it.
     from laid_eval.report.plot.causes import save_why
     from laid_eval.report.plot.pictures import save_pictures
@@ -148,7 +171,7 @@ def window(
     from laid_eval.window.session import measure_window
 
     asked: dict[str, Any] = {
-        "probe": probe or ["needle"], "out": out, "max_length": max_length, "min_length": min_length,
+        "probe": data or probe or ["needle"], "out": out, "max_length": max_length, "min_length": min_length,
         "haystack": haystack or [], "criterion": criterion, "anchor": anchor, "confidence": confidence,
         "precision": precision, "budget": budget, "seed": seed,
     }  # fmt: skip
@@ -157,6 +180,8 @@ def window(
         "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
     }  # fmt: skip
     server = ServerOptions(backend, base_url, tokenizer, api, answers, concurrency, timeout, server_env)
+    if server.used and data:
+        raise UserError("--dataset is measured in this process so far. Leave --backend and --base-url out.")
     if server.used and why:
         raise UserError("--why turns keys of the model's cache, which no server lets out. Measure with --backend hf.")
     with _live() as (announce, step):
@@ -167,13 +192,41 @@ def window(
                 run = measure_window(model, **asked, **of_model, why=why, **chosen, announce=announce, progress=step)
         except KeyboardInterrupt:
             step.interrupted()
-    figures = [*save_figures(run), *save_why(run), *save_pictures(run)]
+    figures = [*save_figures(run), *save_why(run), *save_pictures(run, data)]
     if as_json:
         print_run(run.path, run.header)
     files = [TRIALS, *([WHY] if run.header.why else []), *(f.name for f in figures)]
     show_window(run, Console(stderr=as_json, highlight=False), files)
     if why and not run.header.why:
         fail("the window was measured, but it can't be said why it ends; the notes tell the reason.", 3)
+
+
+def _dataset(
+    files: list[Path] | None,
+    images: Path | None,
+    protocol: str,
+    positions: bool,
+    allow_missing: bool,
+    questions: int | None,
+) -> DatasetProbe | None:
+    """What `--dataset` and its own options ask for."""
+    given = {
+        "images": images is not None,
+        "protocol": protocol != "seeded",
+        "positions": positions,
+        "allow-missing": allow_missing,
+        "questions": questions is not None,
+    }
+    if not files:
+        for name, there in given.items():
+            if there:
+                raise UserError(f"--{name} only means something with --dataset; add it.")
+        return None
+    if images is None:
+        raise UserError("--dataset needs --images: the folder with its pictures, which holds train2017 and val2017.")
+    from laid_eval.window.visual_haystacks import visual_haystacks
+
+    return visual_haystacks(files, images, protocol, positions, allow_missing, questions)
 
 
 @contextmanager
@@ -223,7 +276,8 @@ def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
     for name in header.settings.probes:
         found = [w for w in header.windows if w.probe == name]
         if not found:
-            console.print(f"{name}: too few answers for an estimate")
+            console.print(f"{name}: too few answers for an estimate, which takes 8 at two lengths")
+            _show_scores(header, name, console)
             continue
         first = found[0]
         table = Table(box=None, pad_edge=False)
@@ -250,6 +304,7 @@ def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
             console.print(_in_tokens(first, header.image))
         if header.stopped and name in header.stopped:
             console.print(f"stopped because {header.stopped[name]}")
+        _show_scores(header, name, console)
         console.print()
     for why in header.why or ():
         show_why(why, console)
@@ -265,9 +320,34 @@ def show_window(run: LoadedRun, console: Console, files: list[str]) -> None:
     console.print(f"run: {escape(str(run.path))} ({', '.join(['run.json', *files])})", soft_wrap=True)
 
 
+def _show_scores(header: Run, probe: str, console: Console) -> None:
+    """A data set's own table: raw score by number of images, and how many answers say yes or no at all."""
+    scores = [score for score in header.scores or () if score.probe == probe]
+    if not scores:
+        return
+    interval = f"{100 * header.settings.confidence:g}% interval"
+    free = any(score.complied for score in scores)
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "images",
+        "score",
+        interval,
+        *(("says yes/no", interval) if free else ()),
+        "questions",
+        "haystacks",
+    ):
+        table.add_column(column, justify="left" if column == interval else "right")
+    for score in scores:
+        shares = (score.score, *((score.complied,) if score.complied else ()))
+        cells = [cell for s in shares for cell in (f"{s.value:.2f}", escape(f"[{s.low:.2f}, {s.high:.2f}]"))]
+        table.add_row(str(score.length), *cells, str(score.questions), str(score.haystacks))
+    console.print(table)
+
+
 def _in_tokens(window: WindowEstimate, image: ImageExtent) -> str:
     """The window in images said in the two other measures of a context."""
-    size = f"an image of {image.width} x {image.height} pixels takes {image.tokens} tokens and moves on by "
+    size = f"an image of {image.width} x {image.height} pixels takes" if image.width else "an image takes on average"
+    size += f" {image.tokens} tokens and moves on by "
     size += f"{image.positions} RoPE positions"
     if window.length is None:
         return size

@@ -8,13 +8,13 @@ for the picture alone, as the model does, and moved to where it stands; what fol
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Sequence, Set
+from typing import Any, Protocol, cast
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from laid_eval.models.fork import FAILURES, ForkedText, why_different, why_rope_changes
 from laid_eval.models.frame import Branch
@@ -44,6 +44,10 @@ class Pictures(Protocol):
         """Summed log-probability of every choice of every branch; what was seen stays as it was."""
         ...
 
+    def say(self, stem: Sequence[int], limit: int, stops: Set[int]) -> list[int]:
+        """The most probable next token, and again, up to one of `stops` (left out) or `limit` tokens."""
+        ...
+
     def pass_tokens(self, branch: Branch, read: int) -> int:
         """Tokens that go through the model to ask a branch when `read` tokens were read."""
         ...
@@ -63,6 +67,25 @@ class ForkedPictures(ForkedText):
     def show(self, picture: Image) -> None:
         """See one more; one forward pass."""
         self._read(self.frame.piece([picture]))
+
+    @torch.inference_mode()
+    def say(self, stem: Sequence[int], limit: int, stops: Set[int]) -> list[int]:
+        """The most probable tokens after a stem; what was seen stays as it was."""
+        said: list[int] = []
+        given, passed = list(stem), 0
+        while len(said) < limit:
+            ids = torch.tensor([given], device=self.model.device)
+            positions = torch.arange(passed, passed + len(given), device=ids.device)[None] + self.position
+            logits = self.model(
+                ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            ).logits
+            passed += len(given)
+            given = [int(logits[0, -1].argmax())]
+            if given[0] in stops:
+                break
+            said += given
+        self._cache.crop(-passed)
+        return said
 
     @torch.inference_mode()
     def _read(self, piece: Piece) -> None:
@@ -108,6 +131,19 @@ class WholePictures:
         """Summed log-probability of every choice of every branch."""
         return [self._ask(branch) for branch in branches]
 
+    @torch.inference_mode()
+    def say(self, stem: Sequence[int], limit: int, stops: Set[int]) -> list[int]:
+        """The most probable tokens after the whole prompt, by transformers' own loop."""
+        inputs = self._prompt(stem)
+        greedy = GenerationConfig(
+            do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=limit,
+            eos_token_id=sorted(stops) or None, pad_token_id=min(stops, default=0),
+        )  # fmt: skip
+        ids, model = inputs["input_ids"], cast(Any, self.model)
+        out = model.generate(**inputs, attention_mask=torch.ones_like(ids), generation_config=greedy)
+        said: list[int] = out[0, ids.shape[1] :].tolist()
+        return [token for token in said if token not in stops]
+
     def pass_tokens(self, branch: Branch, read: int) -> int:
         """The whole prompt, again for every choice that starts otherwise (its last token is only predicted)."""
         return sum(read + len(branch.stem) + len(given) for given in {ending[:-1] for ending in branch.endings})
@@ -120,14 +156,19 @@ class WholePictures:
 
     def _logs(self, asked: list[int], kept: int) -> Tensor:
         """(kept, V) log-probabilities after the last tokens of the whole prompt."""
+        out = self.model(use_cache=False, logits_to_keep=kept, **self._prompt(asked))
+        return torch.log_softmax(out.logits[0, -kept:].float(), dim=-1)
+
+    def _prompt(self, asked: Sequence[int]) -> dict[str, Tensor]:
+        """The whole prompt as the model takes it."""
         shown = self._shown()
-        ids = torch.cat([torch.tensor([self._opening], dtype=torch.long), shown.ids, torch.tensor([asked])], dim=1)
+        around = (torch.tensor([list(tokens)], dtype=torch.long) for tokens in (self._opening, asked))
+        ids = torch.cat([next(around), shown.ids, next(around)], dim=1)
         inputs = dict(shown.inputs)
         for name, value in inputs.items():
             if name.endswith("token_type_ids"):
                 inputs[name] = torch.nn.functional.pad(value, (len(self._opening), len(asked)))
-        out = self.model(use_cache=False, logits_to_keep=kept, **_on(self.model, Piece(ids, inputs)))
-        return torch.log_softmax(out.logits[0, -kept:].float(), dim=-1)
+        return _on(self.model, Piece(ids, inputs))
 
     def _shown(self) -> Piece:
         """All pictures as the processor makes them together, made once."""

@@ -20,7 +20,7 @@ from transformers import ProcessorMixin
 from laid_eval.errors import UserError
 from laid_eval.models.frame import Branch, Frame, branch_of
 
-QUESTION = "@@QUESTION@@"
+_MARK = "@@QUESTION@@"
 _OWN = ("input_ids", "attention_mask")
 
 
@@ -65,8 +65,16 @@ class PictureFrame:
 
     def branch(self, prompt: str, lead: str, choices: Sequence[str]) -> Branch:
         """A question with its choices, tokenized as whole texts so that no boundary is forced."""
-        stem = self.after.replace(QUESTION, prompt) + lead
+        stem = self.asking(prompt) + lead
         return branch_of([self._plain(f"{stem}{' ' if lead else ''}{choice}") for choice in choices])
+
+    def stem(self, prompt: str) -> list[int]:
+        """Tokens of a question up to where a free answer starts."""
+        return self._plain(self.asking(prompt))
+
+    def asking(self, prompt: str) -> str:
+        """What stands between the pictures and the model's words: the template's own, around a question."""
+        return self.after.replace(_MARK, prompt)
 
     def _plain(self, text: str) -> list[int]:
         return list(self.words.tokenizer(text, add_special_tokens=False).input_ids)
@@ -86,18 +94,18 @@ def picture_frame(name: str, processor: ProcessorMixin) -> PictureFrame:
         two, three = (_rendered(processor, count) for count in (2, 3))
     except Exception as error:  # whatever a template of another kind raises
         raise UserError(f"Model {name!r}: its chat template takes no pictures ({type(error).__name__}).") from None
-    (first, _, after), (second, _, _) = (text.partition(QUESTION) for text in (two, three))
+    (first, _, after), (second, _, _) = (text.partition(_MARK) for text in (two, three))
     size = len(second) - len(first)
     for at in sorted(range(len(first)), key=lambda at: second[at] != "<"):
         unit = second[at : at + size]
         tail = second[at + 3 * size :]
         if size > 0 and second == second[:at] + 3 * unit + tail and first == second[:at] + 2 * unit + tail:
-            return PictureFrame(processor, second[:at], unit, f"{tail}{QUESTION}{after}")
+            return PictureFrame(processor, second[:at], unit, f"{tail}{_MARK}{after}")
     raise UserError(f"Model {name!r}: its chat template does not put one picture like the next; it can't be measured.")
 
 
 def _rendered(processor: Any, count: int) -> str:
-    content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": QUESTION}]
+    content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": _MARK}]
     return str(
         processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

@@ -16,7 +16,7 @@ from PIL.Image import Image, new
 
 from laid_eval.models.fork_pictures import WholePictures
 from laid_eval.models.frame import Branch, Frame
-from laid_eval.models.picture_frame import QUESTION, PictureFrame
+from laid_eval.models.picture_frame import PictureFrame
 from laid_eval.records import ModelInfo
 from laid_eval.serving.choices import (
     Place,
@@ -184,7 +184,7 @@ class ServedPictureReader:
         content = [*self._shown, {"type": "text", "text": question.prompt}]
         if self._way == "chat-reply":
             return [ask_chat_reply(endpoint, content, branch, self._tokens + len(branch.stem))]
-        begun = _decoded(words, branch.stem).removeprefix(self._frame.after.replace(QUESTION, question.prompt))
+        begun = _decoded(words, branch.stem).removeprefix(self._frame.asking(question.prompt))
         before = self._tokens + len(branch.stem)
         return [
             ask_chat(endpoint, content, begun + _decoded(words, place.given), before + len(place.given), place)

@@ -93,7 +93,7 @@ def plan_for_window(
     if not pictures:
         longest = max_length or (round(REACH * claimed) if claimed else None)
         return plan_server(prepared.described, env=env, max_length=longest and longest + MARGIN, flags=flags)
-    each = prepared.picture_tokens(pictures.size)
+    each = prepared.picture_tokens(pictures.size, pictures.size)
     fits = round(REACH * claimed) // each if claimed else PICTURES
     images = max_length or min(PICTURES, fits)
     room = Pictures(images, pictures.size, pictures.size)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laid_eval.errors import UserError
-from laid_eval.records import Cost, Curve, ModelInfo, Run, Settings, Status, WindowEstimate
+from laid_eval.records import Cost, Curve, LengthScore, ModelInfo, Run, Settings, Status, WindowEstimate
 from laid_eval.runs import drop_torn_line, load_header, load_trials, save_header, trial_table
 from laid_eval.window.curve import CRITERIA, Criterion, parse_criterion
+from laid_eval.window.dataset_reading import image_extent, read_view
 from laid_eval.window.estimate import FEWEST_TRIALS, curve_of, fit_trials, windows_of
 from laid_eval.window.haystack import Corpus, check_long_enough
+from laid_eval.window.length_scores import length_scores
 from laid_eval.window.picture_reading import read_pictures
 from laid_eval.window.plan import (
     COARSE,
@@ -29,6 +31,11 @@ from laid_eval.window.plan import (
 from laid_eval.window.probes import Probe, ScenesProbe, TextProbe
 from laid_eval.window.readers import PictureReader, Reader
 from laid_eval.window.reading import Progress, State, check_room, read_haystack
+from laid_eval.window.visual_haystacks import DatasetProbe
+
+AnyProbe = Probe | DatasetProbe
+_REFIT = 1.5
+"""The cases of a data set are fitted again whenever there are so many times as many."""
 
 
 def criteria(settings: Settings) -> list[Criterion]:
@@ -40,7 +47,7 @@ def criteria(settings: Settings) -> list[Criterion]:
 
 def measure(
     reader: Reader | PictureReader,
-    probes: Sequence[Probe],
+    probes: Sequence[AnyProbe],
     corpus: Corpus | None,
     run: Run,
     folder: Path,
@@ -50,7 +57,7 @@ def measure(
 
     Args:
         reader: What is measured.
-        probes: The questions, in the order of `run.settings.probes`.
+        probes: The questions, in the order of `run.settings.probes`; a data set is one by itself.
         corpus: The filler text; `None` for pictures.
         run: Header of a new or an unfinished run in `folder`.
         folder: The run folder; exists.
@@ -83,7 +90,10 @@ def measure(
         save()
         for k, probe in enumerate(probes):
             share = (settings.budget - state.used) // (len(probes) - k)
-            stops[probe.name] = _measure_probe(state, probe, state.used + share, save)
+            if isinstance(probe, DatasetProbe):
+                stops[probe.name] = _measure_cases(state, probe, save)
+            else:
+                stops[probe.name] = _measure_probe(state, probe, state.used + share, save)
     except BaseException as error:
         # In the middle of a haystack too: the estimate so far is worth keeping.
         for probe in probes:
@@ -117,7 +127,22 @@ def _measure_probe(state: State, probe: Probe, budget: int, save: Callable[[], o
         save()
 
 
-def _fit(state: State, probe: Probe) -> None:
+def _measure_cases(state: State, probe: DatasetProbe, save: Callable[[], object]) -> str:
+    """Ask all cases of a data set, whatever the answers; why it stopped."""
+    trials = state.trials[probe.name] = []
+    state.image = image_extent(state.picture_reader, probe)
+    fitted = 0
+    for view in probe.views(state.settings.seed):
+        read_view(state, probe, view)
+        if len(trials) >= _REFIT * fitted:
+            fitted = len(trials)
+            _fit(state, probe)
+            save()
+    _fit(state, probe)
+    return f"all {len(trials)} questions of the data set were asked"
+
+
+def _fit(state: State, probe: AnyProbe) -> None:
     """Fit the curve to all trials of a probe and read off the window for the live line."""
     settings = state.settings
     table = trial_table(state.trials[probe.name])
@@ -172,10 +197,11 @@ def _precise_enough(estimate: WindowEstimate, settings: Settings) -> str | None:
     return None
 
 
-def _header(run: Run, state: State, probes: Sequence[Probe], stops: dict[str, str], status: Status) -> Run:
+def _header(run: Run, state: State, probes: Sequence[AnyProbe], stops: dict[str, str], status: Status) -> Run:
     """The header with estimates of all that was measured, costs and notes."""
     windows: list[WindowEstimate] = []
     curves: list[Curve] = []
+    scores: list[LengthScore] = []
     notes = list(run.notes)
     settings = state.settings
     confidence, seed = settings.confidence, settings.seed
@@ -189,6 +215,8 @@ def _header(run: Run, state: State, probes: Sequence[Probe], stops: dict[str, st
                 fit, criteria(settings), confidence=confidence, seed=seed, probe=probe.name, unit=probe.unit
             )
             curves.append(curve_of(fit, confidence=confidence, seed=seed, probe=probe.name))
+        if isinstance(probe, DatasetProbe):
+            scores += length_scores(trial_table(state.trials.get(probe.name, [])), probe.name, confidence)
     cost = Cost(
         prefill_tokens=state.prefill,
         question_tokens=state.asked,
@@ -204,6 +232,7 @@ def _header(run: Run, state: State, probes: Sequence[Probe], stops: dict[str, st
             "windows": tuple(windows),
             "curves": tuple(curves),
             "image": state.image,
+            "scores": tuple(scores) or None,
             "cost": cost,
             "notes": tuple(dict.fromkeys(notes)),
         }

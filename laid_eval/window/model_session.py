@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from PIL.Image import new
+from PIL.Image import Image, new
 from transformers import ProcessorMixin
 
+from laid_eval.errors import UserError
 from laid_eval.models.cost import Shape, check_memory, needed_memory, shape_of, speed_test
 from laid_eval.models.load import Described, describe, load, load_processor, load_vision
 from laid_eval.models.picture_frame import picture_frame
@@ -16,8 +18,6 @@ from laid_eval.models.source import resolve
 from laid_eval.records import ModelInfo, Settings
 from laid_eval.window.model_reader import ModelReader
 from laid_eval.window.picture_reader import ModelPictureReader
-from laid_eval.window.probes import ScenesProbe
-from laid_eval.window.scenes import Scene, draw
 from laid_eval.window.session import Quote
 
 QUESTIONS = 60
@@ -30,6 +30,7 @@ class Prepared:
 
     described: Described
     shape: Shape
+    _picture_tokens: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def info(self) -> ModelInfo:
@@ -45,14 +46,21 @@ class Prepared:
         """Of a model that takes pictures; see `models.load.load_processor`."""
         return load_processor(self.described)
 
-    def picture_tokens(self, size: int) -> int:
-        """Tokens of a picture of size x size pixels.
+    def picture_tokens(self, width: int, height: int) -> int:
+        """Tokens of a picture of so many pixels.
 
         Raises:
-            UserError: The model takes no pictures, or its processor can't be loaded.
+            UserError: The model takes no pictures, or none of this form, or its processor can't be loaded.
         """
-        frame = picture_frame(self.described.source.name, self.processor)
-        return int(frame.piece([new("RGB", (size, size))]).ids.shape[1])
+        if (width, height) not in self._picture_tokens:
+            name = self.described.source.name
+            frame = picture_frame(name, self.processor)
+            try:
+                piece = frame.piece([new("RGB", (width, height))])
+            except ValueError as error:  # so narrow that nothing is left of it
+                raise UserError(f"Model {name!r} takes no picture of {width} x {height} pixels: {error}") from None
+            self._picture_tokens[width, height] = int(piece.ids.shape[1])
+        return self._picture_tokens[width, height]
 
     def quote(self, settings: Settings, each: int = 1) -> Quote:
         """What a measurement takes if it spends its budget, after a speed test of two seconds.
@@ -78,10 +86,9 @@ class Prepared:
         reader = ModelReader(load(self.described), longest)
         return reader, time.perf_counter() - started
 
-    def load_pictures(self, probe: ScenesProbe, longest: int) -> tuple[ModelPictureReader, float]:
-        """The reader of pictures, and the seconds it took to load."""
+    def load_pictures(self, sample: Sequence[Image], longest: int) -> tuple[ModelPictureReader, float]:
+        """The reader of pictures, tried on a few of them, and the seconds it took to load."""
         started = time.perf_counter()
-        sample = [draw(Scene(probe.objects[k : k + probe.per_image], k), probe.size) for k in range(3)]
         reader = ModelPictureReader(load_vision(self.described, self.processor), sample, longest)
         return reader, time.perf_counter() - started
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from PIL.Image import Image, new
 
@@ -49,6 +50,19 @@ class ModelPictureReader:
     def ask(self, questions: Sequence[Asked]) -> list[list[float]]:
         """Log-probabilities of the choices, in one pass where forks are possible."""
         return self._seen.ask([self._branch(asked.question) for asked in questions])
+
+    def say(self, asked: Asked, limit: int) -> str:
+        """The model's own words, greedily."""
+        stem = self.frame.stem(asked.question.prompt)
+        said = self._seen.say(stem, limit, self._stops)
+        return str(self.frame.words.tokenizer.decode(said, skip_special_tokens=True))
+
+    @cached_property
+    def _stops(self) -> set[int]:
+        """Tokens that end an answer."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        words = self.frame.words.tokenizer.eos_token_id
+        return {token for token in (*(own if isinstance(own, list) else [own]), words) if isinstance(token, int)}
 
     def opening_extent(self) -> Extent:
         """What comes before the first picture."""

@@ -137,6 +137,10 @@ class PictureReader(Protocol):
         """Log-probability of every choice of every question, given all that was seen; nothing is remembered."""
         ...
 
+    def say(self, asked: Asked, limit: int) -> str:
+        """A free answer of at most so many tokens, given all that was seen; nothing is remembered."""
+        ...
+
     def peak_memory_bytes(self) -> int | None:
         """Most memory taken so far; `None` where it can't be known."""
         ...
@@ -201,6 +205,10 @@ class ScriptedReader:
 
     def show(self, picture: Image) -> None:
         """Nothing is kept."""
+
+    def say(self, asked: Asked, limit: int) -> str:
+        """The choice it would take."""
+        return asked.question.choices[int(np.argmax(self._answer(asked)))]
 
     def opening_extent(self) -> Extent:
         """Nothing."""

@@ -176,12 +176,20 @@ class Stop:
     """Reads on up to here; given the tokens that are accounted for."""
 
 
-def ask_along(state: State, probe: Declared, haystack: int, stops: Iterable[Stop], longest: int) -> None:
+def ask_along(
+    state: State,
+    probe: Declared,
+    haystack: int,
+    stops: Iterable[Stop],
+    longest: int,
+    answer: Callable[[Stop], list[Trial]] | None = None,
+) -> None:
     """Ask at each cut point and keep the trials, until two successive lengths are at chance.
 
-    What is on disk is not asked again, and nothing is read for it.
+    What is on disk is not asked again, and nothing is read for it. Choices are forced, or `answer` asks otherwise.
     """
     reader = state.reader
+    answer = answer or partial(_forced, reader, probe)
     begun = False
     gone = before = 0
     for stop in stops:
@@ -192,13 +200,9 @@ def ask_along(state: State, probe: Declared, haystack: int, stops: Iterable[Stop
                 begun = True
             stop.read(gone)
             # All of them, also where a kill lost only some: a pass of another shape would round differently.
-            answers = reader.ask(stop.asked)
+            answers = answer(stop)
             state.seconds += time.perf_counter() - started
-            new = [
-                trial_of(probe, a, answer, stop.tokens + reader.question_tokens(a.question))
-                for a, answer in zip(stop.asked, answers, strict=True)
-                if a.id not in state.known
-            ]
+            new = [trial for trial in answers if trial.id not in state.known]
             append_trials(state.folder, new)
             state.known |= {trial.id: trial for trial in new}
         state.trials[probe.name] += [state.known[a.id] for a in stop.asked]
@@ -211,6 +215,14 @@ def ask_along(state: State, probe: Declared, haystack: int, stops: Iterable[Stop
         if before and at_chance(trial_table(lately)):
             return
         before = stop.cut
+
+
+def _forced(reader: Reader | PictureReader, probe: Declared, stop: Stop) -> list[Trial]:
+    """The trials of a cut point, by log-probability."""
+    return [
+        trial_of(probe, a, logs, stop.tokens + reader.question_tokens(a.question))
+        for a, logs in zip(stop.asked, reader.ask(stop.asked), strict=True)
+    ]
 
 
 def _chunks(ends: list[int], size: int) -> list[tuple[int, int]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from laid_eval.environment import environment
 from laid_eval.errors import UserError
@@ -17,13 +17,17 @@ from laid_eval.resources import content_hash
 from laid_eval.runs import LoadedRun, load_run, run_folder
 from laid_eval.window.curve import parse_criterion
 from laid_eval.window.haystack import load_corpus
-from laid_eval.window.measure import measure, resumable
-from laid_eval.window.probes import Probe, ScenesProbe, load_probes
+from laid_eval.window.measure import AnyProbe, measure, resumable
+from laid_eval.window.probes import ScenesProbe, load_probes
 from laid_eval.window.readers import PictureReader, Reader
 from laid_eval.window.reading import Progress
 from laid_eval.window.scenes import Scene, draw, scenes_source
+from laid_eval.window.visual_haystacks import DatasetProbe
 from laid_eval.window.why_measure import WhyOptions, answered, check_options, explain_run
 from laid_eval.window.why_texts import WhyReader
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CHUNK = 512
 """Tokens per forward pass while reading: more is hardly faster and takes more memory."""
@@ -31,6 +35,8 @@ REACH = 1.5
 """Default longest context, in claimed lengths: far enough to see the window end."""
 BUDGET = 6
 """Default budget, in longest contexts a probe."""
+PRECISION = 0.5
+"""Default width of the interval that is enough, octaves."""
 PICTURES = 150
 """Default longest context, images: that of the paper."""
 BUDGET_PICTURES = 40
@@ -54,7 +60,7 @@ class Quote:
 
 def measure_window(
     model: str | Reader | PictureReader,
-    probe: str | Sequence[str] = "needle",
+    probe: str | Sequence[str] | DatasetProbe = "needle",
     *,
     out: str | Path | None = None,
     max_length: int | None = None,
@@ -63,7 +69,7 @@ def measure_window(
     criterion: str = "relative",
     anchor: str | Path | None = None,
     confidence: float = 0.95,
-    precision: float = 0.5,
+    precision: float = PRECISION,
     budget: int | None = None,
     seed: int = 0,
     revision: str | None = None,
@@ -83,9 +89,11 @@ def measure_window(
 
     Args:
         model: Reference model, local folder, GGUF file, Hub id, or a `Reader` (e.g. `ScriptedReader`).
-        probe: Names of probes or paths of TOML files; `all` for every bundled one.
+        probe: Names of probes or paths of TOML files; `all` for every bundled one. Or a data set, from
+            `visual_haystacks`: all its cases are asked, whatever the answers.
         out: Run folder; a run already there with the same settings is resumed. Default: a new one in `runs/`.
         max_length: Longest context, tokens (images for visual probes). Default: 1.5 x the claimed length; 150 images.
+            Of a data set, cases of more images are left out.
         min_length: Shortest context, tokens or images. Default: the probe's.
         haystack: Files with filler text. Default: Python's language reference.
         criterion: See `estimate_window`; decides when the measurement is precise enough.
@@ -116,15 +124,17 @@ def measure_window(
         UserError: Anything the user can mend.
         KeyboardInterrupt: As it came; the folder keeps what was measured.
     """
-    probes = load_probes([probe] if isinstance(probe, str) else list(probe))
+    named = [] if isinstance(probe, DatasetProbe) else load_probes([probe] if isinstance(probe, str) else list(probe))
+    dataset = _dataset(probe, max_length, min_length, precision, budget) if isinstance(probe, DatasetProbe) else None
+    probes: list[AnyProbe] = [dataset] if dataset else [*named]
     options = WhyOptions(why_length, why_haystacks, why_questions) if why else None
-    if options:
-        check_options(options, probes, min_length)
-    pictures = [probe for probe in probes if isinstance(probe, ScenesProbe)]
+    if options and named:
+        check_options(options, named, min_length)
+    pictures = [probe for probe in probes if isinstance(probe, ScenesProbe | DatasetProbe)]
     if pictures:
         _check_pictures(pictures, haystack, options)
     corpus = None if pictures else load_corpus([Path(file) for file in haystack])
-    each = 1  # tokens that a unit of length takes
+    tokens_of: Callable[[int, int], int]
     if not isinstance(model, str):
         if options:
             raise UserError("--why needs a model; a scripted reader has no positions. Leave it out.")
@@ -132,7 +142,8 @@ def measure_window(
         if pictures:
             if not hasattr(model, "show"):
                 raise UserError(f"Probe {pictures[0].name!r} shows pictures; this reader reads text alone.")
-            each = cast(PictureReader, model).extent(pictures[0].size, pictures[0].size).tokens
+            seeing = cast(PictureReader, model)
+            tokens_of = lambda width, height: seeing.extent(width, height).tokens  # noqa: E731
         make: Callable[[int], tuple[Reader | PictureReader, float]] = lambda _: (reader, 0.0)  # noqa: E731
     else:
         # Loads torch; a scripted reader does not need it.
@@ -141,17 +152,27 @@ def measure_window(
         prepared = prepare(model, revision, dtype, device, rope_scaling, trust_remote_code, allow_pickle)
         info, make = prepared.info, prepared.load
         if pictures:
-            each = prepared.picture_tokens(pictures[0].size)
-            make = lambda longest: prepared.load_pictures(pictures[0], longest * each)  # noqa: E731
-    longest = max_length if max_length is not None else _furthest(info, each if pictures else None)
-    source = (corpus.name, corpus.hash) if corpus else scenes_source()
+            tokens_of = prepared.picture_tokens
+            make = lambda longest: prepared.load_pictures(_sample(pictures[0]), longest * each)  # noqa: E731
+    each = 1  # tokens that a unit of length takes
+    if dataset:
+        each, budget = dataset.cost(tokens_of)
+        longest = dataset.longest
+        if max_length is None:
+            _check_reach(dataset, info, each)
+        source = f"{dataset.source} ({len(dataset.cases)} cases)", dataset.hash
+    else:
+        if isinstance(named[0], ScenesProbe):
+            each = tokens_of(named[0].size, named[0].size)
+        longest = max_length if max_length is not None else _furthest(info, each if pictures else None)
+        source = (corpus.name, corpus.hash) if corpus else scenes_source()
     settings = _settings(
         probes, source, longest, min_length, criterion, anchor, confidence, precision, budget, seed, each
     )
     folder = run_folder(out, info.name, "window")
     run = resumable(folder, settings, info)
     finished = run is not None and _finished(run, settings)
-    if run and finished and (options is None or answered(run, probes, options)):
+    if run and finished and (options is None or answered(run, named, options)):
         return load_run(folder)
     reach = max(longest, why_length or 0) if options else longest
     if isinstance(model, str):
@@ -159,16 +180,17 @@ def measure_window(
     made = _make_folder(folder)
     try:
         if isinstance(model, str) and announce and not finished:
-            announce(prepared.quote(settings, each))
+            quote = prepared.quote(settings, each)
+            announce(replace(quote, questions=sum(1 for _ in dataset.views(seed))) if dataset else quote)
         loaded, seconds = make(reach)
         moving = _moving(loaded, reach) if options else None  # refuses before anything is measured
         if not finished:
             if budget is None and (loaded.info.fan_out or "").startswith("whole prompts"):
                 settings = settings.model_copy(update={"budget": WHOLE * settings.budget})
-            run = _start(run, loaded.info, settings, seconds)
+            run = _start(run, loaded.info, settings, seconds, dataset.notes if dataset else ())
             measure(loaded, probes, corpus, run, folder, progress)
         if options and moving and corpus:
-            explain_run(moving, probes, corpus, folder, options, progress)
+            explain_run(moving, named, corpus, folder, options, progress)
     finally:
         for path in made:
             if not any(path.iterdir()):
@@ -176,14 +198,46 @@ def measure_window(
     return load_run(folder)
 
 
-def _check_pictures(probes: list[ScenesProbe], haystack: Sequence[str | Path], options: WhyOptions | None) -> None:
+def _dataset(
+    probe: DatasetProbe, max_length: int | None, min_length: int | None, precision: float, budget: int | None
+) -> DatasetProbe:
+    """The cases to be asked."""
+    given = {"min-length": min_length is not None, "budget": budget is not None, "precision": precision != PRECISION}
+    for name, there in given.items():
+        if there:
+            raise UserError(f"--{name} has no meaning for a data set, whose cases are all asked; see --questions.")
+    return probe if max_length is None else probe.up_to(max_length)
+
+
+def _check_reach(dataset: DatasetProbe, info: ModelInfo, each: int) -> None:
+    """Refuse more images than a model can be expected to hold."""
+    fits = round(REACH * info.claimed_length) // each if info.claimed_length else dataset.longest
+    if dataset.longest > fits:
+        raise UserError(
+            f"{dataset.longest} images of {dataset.source} take {dataset.longest * each:,} tokens; {info.name!r} "
+            f"claims {info.claimed_length:,}. Leave longer cases out: --max-length {fits}."
+        )
+
+
+def _sample(probe: ScenesProbe | DatasetProbe) -> list[Image]:
+    """A few pictures to try a model on."""
+    if isinstance(probe, ScenesProbe):
+        return [draw(Scene(probe.objects[k : k + probe.per_image], k), probe.size) for k in range(3)]
+    names = [name for case in probe.cases[:3] for name in (*case.positive, *case.negative)]
+    return [probe.folder.read(names[k % len(names)]) for k in range(3)]
+
+
+def _check_pictures(
+    probes: Sequence[ScenesProbe | DatasetProbe], haystack: Sequence[str | Path], options: WhyOptions | None
+) -> None:
     if haystack:
-        raise UserError(f"--haystack is filler text; probe {probes[0].name!r} draws its pictures itself. Leave it out.")
+        raise UserError(f"--haystack is filler text; probe {probes[0].name!r} is about pictures. Leave it out.")
     if options:
         raise UserError("--why explains windows in text; those in images can't be split yet. Leave it out.")
-    for name in dict.fromkeys(name for probe in probes for name in probe.objects):
+    drawn = [probe for probe in probes if isinstance(probe, ScenesProbe)]
+    for name in dict.fromkeys(name for probe in drawn for name in probe.objects):
         draw(Scene((name,), 0), 32)  # refuses what has no picture, before anything is loaded
-    if len({probe.size for probe in probes}) > 1:
+    if len({probe.size for probe in drawn}) > 1:
         raise UserError("Probes with pictures of different sizes take different context. Measure them in two runs.")
 
 
@@ -197,7 +251,7 @@ def _moving(reader: Reader | PictureReader, longest: int) -> WhyReader:
     return MovingReader(reader, longest)
 
 
-def _start(run: Run | None, info: ModelInfo, settings: Settings, load_seconds: float) -> Run:
+def _start(run: Run | None, info: ModelInfo, settings: Settings, load_seconds: float, notes: tuple[str, ...]) -> Run:
     """The header to go on from: a new one, or that of an earlier session."""
     run = run or Run(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -207,7 +261,7 @@ def _start(run: Run | None, info: ModelInfo, settings: Settings, load_seconds: f
         environment=environment(),
     )
     cost = run.cost.model_copy(update={"load_seconds": round(load_seconds, 2)})
-    return run.model_copy(update={"settings": settings, "cost": cost, "notes": _notes(info)})
+    return run.model_copy(update={"settings": settings, "cost": cost, "notes": (*_notes(info), *notes)})
 
 
 def _make_folder(folder: Path) -> list[Path]:
@@ -232,7 +286,7 @@ def _furthest(info: ModelInfo, picture: int | None) -> int:
 
 
 def _settings(
-    probes: Sequence[Probe],
+    probes: Sequence[AnyProbe],
     source: tuple[str, str],
     longest: int,
     min_length: int | None,
@@ -245,6 +299,8 @@ def _settings(
     each: int,
 ) -> Settings:
     for probe in probes:
+        if isinstance(probe, DatasetProbe):
+            continue  # its lengths are given
         shortest = probe.min_length if min_length is None else min_length
         if shortest < 1:
             raise UserError(f"--min-length must be above 0 {probe.unit}, got {shortest}.")
@@ -287,7 +343,7 @@ def _settings(
     )
 
 
-def _anchor_share(anchor: str | Path, probes: Sequence[Probe]) -> float:
+def _anchor_share(anchor: str | Path, probes: Sequence[AnyProbe]) -> float:
     """Chance-corrected base score of another run; one probe at a time, since each has its own."""
     run = load_run(anchor)
     if len(probes) != 1:

@@ -122,3 +122,25 @@ def test_processors_that_can_not_be_used_are_told():
         picture_frame("mine", processor)
     with pytest.raises(UserError, match="takes no pictures"):
         picture_frame("mine", processor.tokenizer)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm", "gemma3", "internvl"])
+def test_free_answers_equal_those_of_whole_prompts(made, name):
+    """Token by token on the cache, and transformers' own loop over the whole prompt."""
+    model, processor = made[name]
+    frame = picture_frame(name, processor)
+    forked, whole = ForkedPictures(model, frame), WholePictures(model, frame)
+    for text in (forked, whole):
+        for picture in SCENES[:3]:
+            text.show(picture)
+    stem = frame.stem("Is there a bus?")
+    branch = frame.branch("Which is it?", "It is", CHOICES)
+    before = forked.ask([branch])
+    said = whole.say(stem, 12, set())
+    assert len(said) == 12
+    stop = {said[7]}
+    assert whole.say(stem, 12, stop) == said[: said.index(said[7])]
+    if name != "gemma3":  # its pictures see later tokens of themselves; it is never forked
+        assert forked.say(stem, 12, set()) == said
+        assert forked.say(stem, 12, stop) == said[: said.index(said[7])]
+        assert forked.ask([branch]) == before

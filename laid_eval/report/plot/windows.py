@@ -85,7 +85,7 @@ def window(run: LoadedRun | str | os.PathLike[str], ax: Axes | None = None, prob
         alpha=0.65,
         lw=0,
         zorder=3,
-        label=f"mean of {n.min():.0f}-{n.max():.0f} questions",
+        label=f"mean of {n.min():.0f}{f'-{n.max():.0f}' if n.max() > n.min() else ''} questions",
     )
     chance = float(trials["chance"].iloc[0])
     ax.axhline(chance, color=INK, lw=0.8, ls=(0, (1, 2)), label=f"chance ({chance:.3g})")
