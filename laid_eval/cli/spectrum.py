@@ -30,7 +30,7 @@ from laid_eval.errors import UserError
 
 if TYPE_CHECKING:
     from laid_eval.spectra import Band, Estimate, LoadedSpectrum, SpectrumRun
-    from laid_eval.spectrum.measure import Progress as Step
+    from laid_eval.spectrum.running import Progress as Step
 
 _WIDE = 130  # columns from which definitions stand beside the numbers
 

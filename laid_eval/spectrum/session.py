@@ -18,7 +18,8 @@ from laid_eval.spectra import (
     SpectrumSettings,
 )
 from laid_eval.spectrum.knockout_window import SHORTEST as SHORTEST_WINDOW
-from laid_eval.spectrum.measure import LENGTH, SHORTEST, Progress, Report, measure
+from laid_eval.spectrum.measure import LENGTH, SHORTEST, measure
+from laid_eval.spectrum.running import Progress, Report
 from laid_eval.spectrum.teacher import compare_models
 from laid_eval.window.haystack import Corpus, load_corpus
 
