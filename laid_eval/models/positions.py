@@ -32,49 +32,44 @@ def own_positions(model: PreTrainedModel, piece: Piece) -> Tensor | None:
     return positions
 
 
+def counted_positions(model: PreTrainedModel, piece: Piece) -> Tensor:
+    """(axes, n) positions of a piece that stands at the start: the model's own count, or its slots on one axis."""
+    own = own_positions(model, piece)
+    return torch.arange(piece.ids.shape[1])[None] if own is None else own[:, 0].cpu()
+
+
 def span(model: PreTrainedModel, piece: Piece) -> int:
     """Positions that a piece takes: what follows stands so many further."""
-    positions = own_positions(model, piece)
-    return piece.ids.shape[1] if positions is None else int(positions.max()) + 1
+    return int(counted_positions(model, piece).max()) + 1
 
 
 @contextmanager
-def seen_positions(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Within, what every rotary module of the decoder is given: (axes, n) a call, one axis where there is but one."""
-    seen: list[Tensor] = []
+def positions_held_to(model: PreTrainedModel, expected: Tensor) -> Iterator[None]:
+    """Within, every rotary module of the decoder must be given the positions (axes, n) expected.
 
-    def keep(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    Raises:
+        UserError: One is given others: nothing that is said by position would hold.
+    """
+
+    def check(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         positions: Tensor = given["position_ids"] if "position_ids" in given else args[1]
-        seen.append(positions.reshape(-1, *positions.shape[-2:])[:, 0].cpu())
+        seen = positions.reshape(-1, *positions.shape[-2:])[:, 0].cpu()  # axes or none, batch, tokens
+        if seen.shape[-1] != expected.shape[-1] or not bool((seen == expected).all()):
+            raise UserError(
+                f"{type(model).__name__} rotates by other positions than it counts (get_rope_index, or its slots); a "
+                "spectrum by position would be wrong. Please report the model and the version of transformers."
+            )
 
     hooks = [
-        module.register_forward_pre_hook(keep, with_kwargs=True)
+        module.register_forward_pre_hook(check, with_kwargs=True)
         for module in model.get_decoder().modules()
         if is_rotary(module)
     ]
     try:
-        yield seen
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def checked_positions(model: PreTrainedModel, piece: Piece, seen: list[Tensor]) -> Tensor:
-    """(axes, n) positions that a whole prompt was given, which must be those the model counts itself.
-
-    Raises:
-        UserError: They are not: nothing that is said by position would hold.
-    """
-    own = own_positions(model, piece)
-    expected = torch.arange(piece.ids.shape[1])[None] if own is None else own[:, 0].cpu()
-    for positions in seen:
-        if positions.shape[-1] != expected.shape[-1] or not torch.equal(positions.expand_as(expected), expected):
-            counted = "its slots" if own is None else "what its get_rope_index counts"
-            raise UserError(
-                f"{type(model).__name__} gives its rotary module other positions than {counted}; a spectrum by "
-                "position would be wrong. Nothing was measured; please report the model and transformers' version."
-            )
-    return expected
 
 
 def is_picture(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from laid_eval.spectrum.heads import content_shift, retrieval_scores
 from laid_eval.spectrum.intervals import text_interval
 from laid_eval.spectrum.knockout_window import knockout_windows
 from laid_eval.spectrum.layout import SINKS, stationary_width
-from laid_eval.spectrum.running import PARTS, Clock, Progress, Report, earlier, observed
+from laid_eval.spectrum.running import PARTS, Clock, Progress, Report, earlier, keeper, observed
 from laid_eval.spectrum.summary import bands, coverage, head_table, metrics, top_heads
 from laid_eval.spectrum.texts import needles, prose, shuffled
 from laid_eval.window.haystack import Corpus
@@ -82,23 +82,16 @@ def measure(
         model=loaded.info,
         settings=settings,
         environment=environment(),
-        notes=(*_notes(loaded.info, settings.length), *notes),
+        notes=(*header_notes(loaded.info, settings.length), *notes),
     )
-
-    def keep() -> None:
-        save_spectrum(folder, run.model_copy(update={"cost": SpectrumCost(seconds=clock.seconds)}))
-
-    try:
-        keep()
-    except OSError as error:
-        raise UserError(f"--out '{folder}' can't be written: {error.strerror}. Choose another folder.") from None
+    keep = keeper(folder, run, clock)
 
     def observe(k: int, step: Callable[[int], None]) -> Arrays:
         return observe_text(loaded.model, ids[k], rotary, settings.queries, settings.seed + k, k == 0, step)
 
     parts = observed(len(ids), len(rotary), "text", observe, folder, report, keep)
     arrays = finish(parts, rotary, settings.length)
-    run = _summarised(run, arrays, rotary, parts, gap)
+    run = summarised(run, arrays, rotary, parts, gap)
     table, more = _heads(loaded, arrays, ids, rotary, settings, corpus, frame, folder, report)
     run = _knocked_out(loaded, run, ids, folder, report)
     guesses, kernels = _guesses(loaded.model, ids[0], arrays, rotary, settings, folder, report)
@@ -161,9 +154,15 @@ def _check_possible(loaded: LoadedModel, rotary: Sequence[Rotary | None], settin
         )
 
 
-def _summarised(
-    run: SpectrumRun, arrays: Arrays, rotary: Sequence[Rotary | None], parts: list[Arrays], gap: float
+def summarised(
+    run: SpectrumRun,
+    arrays: Arrays,
+    rotary: Sequence[Rotary | None],
+    parts: list[Arrays],
+    gap: float,
+    reach: int | None = None,
 ) -> SpectrumRun:
+    """The run with what its arrays say; `reach` as for `metrics`."""
     n, confidence = run.settings.length, run.settings.confidence
     notes = list(run.notes)
     still = [int(i) for i in arrays["layers"] if rotary[i] is None]
@@ -183,9 +182,9 @@ def _summarised(
                 "taper_main_lobe_on_bin": taper_leakage("boxcar", stationary_width(n)).on_bin,
                 "taper_main_lobe_half_bin": taper_leakage("boxcar", stationary_width(n)).half_bin,
             },
-            "metrics": metrics(arrays, n, confidence),
+            "metrics": metrics(arrays, n, confidence, reach),
             "bands": bands(arrays, confidence),
-            "coverage": coverage(rotary, arrays, n, run.model.claimed_length) if has_pairs else (),
+            "coverage": coverage(rotary, arrays, reach or n, run.model.claimed_length) if has_pairs else (),
             "notes": tuple(notes),
         }
     )
@@ -278,8 +277,8 @@ def _guesses(
     return tuple(records), kernels
 
 
-def check_memory(described: Described, shape: Shape, length: int) -> None:
-    """Refuse a length before anything is allocated.
+def check_memory(described: Described, shape: Shape, length: int, each: int = 0) -> None:
+    """Refuse a length before anything is allocated; of pictures that take `each` tokens, where there are any.
 
     Raises:
         UserError: More is needed than is free; names a length that fits.
@@ -293,14 +292,16 @@ def check_memory(described: Described, shape: Shape, length: int) -> None:
     free = free_memory(described.device)
     if weights + per_token * length > free:
         fits = int((free - weights) / per_token) // 256 * 256
-        room = f"About {fits:,} tokens fit: --length {fits}." if fits >= SHORTEST else "Take a smaller model."
+        option = f"--images {fits // each}" if each else f"--length {fits}"
+        room = f"About {fits:,} tokens fit: {option}." if fits >= SHORTEST else "Take a smaller model."
         raise UserError(
             f"A spectrum of {described.source.name!r} at {length:,} tokens needs about "
             f"{(weights + per_token * length) / _GIB:.1f} GiB; {free / _GIB:.1f} GiB are free. {room}"
         )
 
 
-def _notes(info: ModelInfo, length: int) -> tuple[str, ...]:
+def header_notes(info: ModelInfo, length: int) -> tuple[str, ...]:
+    """What is to be said of any measurement at a length; positions, where those are not tokens."""
     notes = []
     if info.dtype != "float32":
         notes.append(f"computed in {info.dtype}: small differences drown in its rounding")

@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laid_eval.errors import UserError
+from laid_eval.models.capture import hidden_attention
+from laid_eval.models.cost import empty_model
+from laid_eval.models.load import Described
 from laid_eval.records import ModelInfo
 from laid_eval.runs import HEADER
-from laid_eval.spectra import SPECTRA, LoadedSpectrum, SpectrumSettings, load_spectrum
+from laid_eval.spectra import (
+    SPECTRA,
+    LoadedSpectrum,
+    SpectrumCost,
+    SpectrumRun,
+    SpectrumSettings,
+    load_spectrum,
+    save_spectrum,
+)
 from laid_eval.spectrum.collect import Arrays, load_part, save_part
 
 PARTS = "parts"
@@ -27,6 +38,17 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+
+
+def refuse_hidden(model: Described, teacher: Described | None) -> None:
+    """Refuse models whose attention can't be captured, before anything is loaded.
+
+    Raises:
+        UserError: It does not go through transformers' attention interface.
+    """
+    for described, role in ((model, "model"), (teacher, "teacher")):
+        if described and not empty_model(described)._can_set_attn_implementation():
+            raise UserError(hidden_attention(f"{role} {described.source.name!r} ({described.config.model_type})"))
 
 
 class Clock:
@@ -62,6 +84,23 @@ def earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> Loaded
             f"--out '{folder}' holds a spectrum of another model or with other settings. Choose another folder."
         )
     return found
+
+
+def keeper(folder: Path, run: SpectrumRun, clock: Clock) -> Callable[[], None]:
+    """What keeps a run that is under way in its folder; it was called once.
+
+    Raises:
+        UserError: The folder can't be written.
+    """
+
+    def keep() -> None:
+        save_spectrum(folder, run.model_copy(update={"cost": SpectrumCost(seconds=clock.seconds)}))
+
+    try:
+        keep()
+    except OSError as error:
+        raise UserError(f"--out '{folder}' can't be written: {error.strerror}. Choose another folder.") from None
+    return keep
 
 
 def observed(
