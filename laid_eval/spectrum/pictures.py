@@ -119,9 +119,10 @@ def plan_gallery(described: Described, images: int, texts: int, seed: int) -> Ga
             "tokens belong to which picture is not known, so attention by picture can't be measured."
         )
     each, step = one.ids.shape[1], span(empty_model(described), one)
-    _check_positions(described, images, step, len(frame.opening()))
-    stories = tuple(draw_haystack(probe, seed, k, (images,)) for k in range(texts))
-    asked = tuple(_spread(asked_at(probe, story, seed, k, images), k, texts) for k, story in enumerate(stories))
+    most = (described.claimed_length or images * step) // step + 1
+    count = min(images, max(most, probe.min_length))  # where they are too many, enough to be refused
+    stories = tuple(draw_haystack(probe, seed, k, (count,)) for k in range(texts if count == images else 1))
+    asked = tuple(_spread(asked_at(probe, story, seed, k, count), k, texts) for k, story in enumerate(stories))
     gallery = Gallery(frame, processor, probe, images, seed, stories, asked, each, step)
     _check_positions(described, images, step, max(gallery.words))
     for n, words in zip(gallery.lengths, gallery.words, strict=True):
@@ -137,9 +138,10 @@ def plan_gallery(described: Described, images: int, texts: int, seed: int) -> Ga
 def _check_positions(described: Described, images: int, step: int, words: int) -> None:
     longest = described.claimed_length
     if longest is not None and images * step + words > longest:
+        fits = (longest - 5 * words // 4) // step  # other haystacks' questions may be longer
         raise UserError(
             f"--images {images:,} takes {images * step + words:,} positions, {step:,} a picture; "
-            f"{described.source.name!r} has {longest:,}. Measure with --images {(longest - words) // step} or fewer."
+            f"{described.source.name!r} has {longest:,}. Measure with --images {fits} or fewer."
         )
 
 
