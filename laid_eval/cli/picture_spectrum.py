@@ -25,15 +25,15 @@ def show_pictures(found: PictureFindings, console: Console) -> int:
     for t in found.types:
         table.add_row(t.query, t.key, str(t.mass), f"{t.share.value or 0:.3g}", str(t.ratio))
     console.print(table)
-    a = found.audit
-    steps = " or ".join(map(str, a.picture_steps))
-    order = "never fall back" if a.monotone else "FALL BACK: a later token stands before an earlier one"
+    audit = found.audit
+    steps = " or ".join(map(str, audit.picture_steps))
+    order = "never fall back" if audit.monotone else "FALL BACK: a later token stands before an earlier one"
     console.print(
-        f"\npositions: {a.tokens:,} tokens take {a.positions:,} ({a.positions_per_token:.2g} a token), a picture of "
-        f"{a.picture_tokens} takes {steps}; they {order}; counted by {_COUNTED[a.counted]} (transformers "
-        f"{a.transformers or 'unknown'}, hash {a.hash})"
+        f"\npositions: {audit.tokens:,} tokens take {audit.positions:,} ({audit.positions_per_token:.2g} a token), a picture "
+        f"of {audit.picture_tokens} takes {steps}; they {order}; counted by {_COUNTED[audit.counted]} (transformers "
+        f"{audit.transformers or 'unknown'}, hash {audit.hash})"
     )
-    return a.positions
+    return audit.positions
 
 
 _COUNTED = {"get_rope_index": "the model's own get_rope_index", "slots": "token, on one axis"}

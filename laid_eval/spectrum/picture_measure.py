@@ -45,7 +45,7 @@ from laid_eval.spectrum.picture_summary import (
 )
 from laid_eval.spectrum.pictures import Gallery, PicturePrompt
 from laid_eval.spectrum.running import PARTS, Clock, Report, earlier, keeper, observed
-from laid_eval.spectrum.summary import head_table, top_heads
+from laid_eval.spectrum.summary import KINDS, head_table, top_heads
 
 _PROMPT = ("positions", "spans", "needle")
 """Of a prompt, not of its layers."""
@@ -107,7 +107,7 @@ def measure_pictures(
             "status": "complete",
             "metrics": (*run.metrics, *picture_metrics(arrays, settings.length, confidence)),
             "pictures": findings,
-            "top_heads": top_heads(table),
+            "top_heads": top_heads(table, (*KINDS, "needle")),
             "cost": SpectrumCost(
                 tokens=sum(gallery.lengths),
                 seconds=clock.seconds,

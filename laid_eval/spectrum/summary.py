@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -272,10 +272,10 @@ def head_table(
     return frame
 
 
-def top_heads(table: pd.DataFrame) -> dict[str, tuple[HeadScore, ...]]:
-    """The five highest scores of each kind."""
+def top_heads(table: pd.DataFrame, kinds: Iterable[str] = KINDS) -> dict[str, tuple[HeadScore, ...]]:
+    """The five highest scores of each kind (column)."""
     out = {}
-    for kind in KINDS:
+    for kind in kinds:
         if kind in table:
             best = table.nlargest(_TOP, kind)
             out[kind] = tuple(

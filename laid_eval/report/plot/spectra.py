@@ -23,6 +23,7 @@ SCORES = {
     "positional": "positional: most mass at one distance < 9",
     "global": "global: mass from {far} tokens on",
     "retrieval": "retrieval: answer token found in its needle",
+    "needle": "needle: share of attention on pictures that its own has",
     "d50": "half-mass distance",
 }
 _WAVELENGTH = "wavelength of the rotary pair ({})"
@@ -52,7 +53,7 @@ def heads(run: Run, ax: Axes | None = None, score: str = "retrieval") -> Axes:
     if ax is None:
         ax = new_axes((0.32 * grid.shape[1] + 2.2, 0.16 * grid.shape[0] + 1.4))
     values = grid.to_numpy(float)
-    shares = score in ("sink", "local", "positional", "global", "retrieval")
+    shares = score in ("sink", "local", "positional", "global", "retrieval", "needle")
     spread: dict[str, Any] = {"vmin": 0, "vmax": 1} if shares else {}
     if score in ("d50", "d90") and np.isfinite(values).any():
         values = np.maximum(values, 1)
@@ -209,7 +210,9 @@ def gain(run: Run, ax: Axes | None = None) -> Axes:
         ax.fill_between(wavelength, low, high, color=colour, alpha=0.18, lw=0, label="middle half of the layers")
         ax.plot(wavelength, median, color=colour, lw=1.8, marker="o", ms=3.5, label=label)
     ax.axhline(0, color=INK, lw=0.8)
-    ax.axvline(loaded.header.settings.length, color=INK, lw=1, ls=":", label="measured length")
+    pictures = loaded.header.pictures
+    n = pictures.audit.positions if pictures else loaded.header.settings.length
+    ax.axvline(n, color=INK, lw=1, ls=":", label="measured length")
     octave_axis(ax, 3, longest, _WAVELENGTH.format("positions" if loaded.header.pictures else "tokens"))
     ax.set_ylabel("usage, student over teacher (dB)")
     teacher = loaded.header.teacher.name if loaded.header.teacher else "teacher"
