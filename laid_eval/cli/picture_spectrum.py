@@ -28,10 +28,12 @@ def show_pictures(found: PictureFindings, console: Console) -> int:
     audit = found.audit
     steps = " or ".join(map(str, audit.picture_steps))
     order = "never fall back" if audit.monotone else "FALL BACK: a later token stands before an earlier one"
+    counted = (
+        f"counted by {_COUNTED[audit.counted]} (transformers {audit.transformers or 'unknown'}, hash {audit.hash})"
+    )
     console.print(
-        f"\npositions: {audit.tokens:,} tokens take {audit.positions:,} ({audit.positions_per_token:.2g} a token), a picture "
-        f"of {audit.picture_tokens} takes {steps}; they {order}; counted by {_COUNTED[audit.counted]} (transformers "
-        f"{audit.transformers or 'unknown'}, hash {audit.hash})"
+        f"\npositions: {audit.tokens:,} tokens take {audit.positions:,} ({audit.positions_per_token:.2g} a token), a "
+        f"picture of {audit.picture_tokens} takes {steps}; they {order}; {counted}"
     )
     return audit.positions
 
