@@ -59,6 +59,24 @@ ARRAYS = {
 """T texts, L layers, H heads, F pairs, W = half the text, M distances, K frequencies, O octaves, B bands."""
 
 
+PICTURE_ARRAYS = {
+    "axis": "(L, F) position axis that turns each pair: t, h, w; text where there is but one; none: it does not turn",
+    "positions": "(A, N) RoPE positions of the first prompt",
+    "spans": "(I, 2) tokens at which each picture of a prompt begins and ends",
+    "needle": "(T,) number of the picture that the question asks about",
+    "ahead": "(T, L, H) attention mass on later tokens (of the same picture, where a model lets them be seen)",
+    "type_mass": "(T, L, H, 2, 2) mass from text and picture queries on text and picture keys, sinks left out",
+    "type_sink": "(T, L, H, 2) mass from text and picture queries on the first tokens",
+    "type_far": "(T, L, H, 2) mass from text and picture queries on keys a quarter of the prompt away or more",
+    "type_share": "(T, L, 2, 2) share of text and picture among the keys these queries see, sinks left out",
+    "image_mass": "(T, L, H, I) mass from the last tokens of the question on each picture",
+    "image_share": "(T, L, I) share of each picture among the keys these see, sinks left out",
+    "position_octave": "(T, L, H, A, P) mass outside sinks by distance in positions along each axis: 0, [1, 2), "
+    "[2, 4), ... behind and, last, ahead",
+}
+"""What runs on pictures hold beside `ARRAYS`, whose kernels (logit, moment, rms) they lack. I pictures, A axes."""
+
+
 class Estimate(Record):
     """A mean over texts with its interval."""
 
@@ -173,10 +191,82 @@ class HeadScore(Record):
     score: float
 
 
+class AxisShare(Record):
+    """Rotary pairs of one position axis, over all rotating layers and heads."""
+
+    axis: str
+    """t, h, w; `text` where there is but one axis; `none`: pairs that do not turn."""
+    pairs: float
+    """Pairs of a layer, mean over layers."""
+    even: float
+    """Share of all pairs."""
+    shortest: float | None
+    """Wavelength, positions."""
+    longest: float | None
+    usage: Estimate
+    """Share of usage (mean |q| times mean |k|)."""
+    contribution: Estimate
+    """Sum over its pairs: logit under attention minus under even weights, nats."""
+
+
+class TypeMass(Record):
+    """Attention from queries of one type on keys of one type, all layers and heads, sinks left out."""
+
+    query: Literal["text", "image"]
+    key: Literal["text", "image"]
+    mass: Estimate
+    """Share of the attention outside sinks."""
+    share: Estimate
+    """Share of the keys that are visible."""
+    ratio: Estimate
+    """Mass over share: 1 is attention that does not mind the type."""
+
+
+class PositionAudit(Record):
+    """How the model counts positions, checked against its own `get_rope_index` prompt by prompt."""
+
+    counted: Literal["get_rope_index", "slots"]
+    axes: int
+    tokens: int
+    """Of the first prompt."""
+    positions: int
+    positions_per_token: float
+    picture_tokens: int
+    """Tokens of each picture, the markers around it included."""
+    picture_steps: tuple[int, ...]
+    """Positions that the pictures take, each number once: what follows stands so many further."""
+    monotone: bool
+    """Every text token, and every picture with its first token, stands beyond all before it."""
+    hash: str
+    """SHA-256 of the positions of all prompts (int64, axes by tokens), 16 digits."""
+    transformers: str | None
+    """Version of the library: positions have changed between versions."""
+
+
+class PictureFindings(Record):
+    """What a spectrum on haystacks of pictures says beside that on text."""
+
+    axes: tuple[AxisShare, ...]
+    types: tuple[TypeMass, ...]
+    audit: PositionAudit
+
+
+class PictureSettings(Record):
+    """What the haystacks of pictures are."""
+
+    images: int
+    """Pictures of a haystack."""
+    size: int
+    """Side of a picture, pixels."""
+    probe: str
+    probe_hash: str
+
+
 class SpectrumSettings(Record):
     """What decides which texts and rows are looked at."""
 
     length: int
+    """Tokens; of the shortest prompt where pictures are shown."""
     texts: int
     """0: only the weights were read."""
     queries: int
@@ -186,6 +276,8 @@ class SpectrumSettings(Record):
     seed: int
     knockout: Literal["no", "loss", "window"]
     what_if: tuple[str, ...]
+    pictures: PictureSettings | None = None
+    """`None`: text was read."""
 
 
 class SpectrumCost(Record):
@@ -216,6 +308,8 @@ class SpectrumRun(Record):
     """Effective window with nothing unrotated, measured the way `Band.knockout_window` is."""
     top_heads: dict[str, tuple[HeadScore, ...]] = Field(default_factory=dict)
     """Highest scores of each kind; all are in `heads.csv`."""
+    pictures: PictureFindings | None = None
+    """`None`: text was read."""
     teacher: ModelInfo | None = None
     comparison: tuple[Compared, ...] = ()
     what_if: tuple[WhatIf, ...] = ()
@@ -243,7 +337,7 @@ class LoadedSpectrum:
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays of `ARRAYS`.
+        """The arrays of `ARRAYS`; where pictures were shown, those of `PICTURE_ARRAYS` too.
 
         Raises:
             UserError: They are not there, or damaged.

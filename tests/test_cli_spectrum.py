@@ -61,6 +61,19 @@ def test_weights_only_reads_no_text(tmp_path, command_line):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "spectra.npz", "pairs.png"}
 
 
+@pytest.mark.slow
+def test_pictures_are_shown_to_a_vision_language_model(tmp_path, command_line):
+    words = ["spectrum", "--model", "pocket-student", "--texts", "2", "--queries", "16"]
+    result = command_line(*words, "--out", tmp_path / "run", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    found = document["pictures"]
+    assert [a["axis"] for a in found["axes"]] == ["t", "h", "w"]
+    assert found["audit"]["monotone"]
+    assert "counted by the model's own get_rope_index" in " ".join(result.stderr.split())
+    assert {"images.png", "axes.png", "pairs.png", "heads.csv"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -72,6 +85,10 @@ def test_weights_only_reads_no_text(tmp_path, command_line):
         (["--model", "smollm2", "--length", "100000000"], "GiB are free"),
         (["--model", "smollm2", "--weights-only", "--teacher", "smollm2"], "can't be combined"),
         (["--model", "nowhere"], "nowhere"),
+        (["--model", "smollm2", "--images", "20"], "takes no pictures. Leave --images out"),
+        (["--model", "pocket-student", "--images", "0"], "--images must be at least 4 pictures, got 0"),
+        (["--model", "pocket-student", "--images", "99999"], "'pocket-student' has 8,192. Measure with --images"),
+        (["--model", "pocket-student", "--teacher", "smollm2"], "takes no pictures"),
     ],
 )
 def test_a_mistake_gets_one_line(words, says, tmp_path, command_line):

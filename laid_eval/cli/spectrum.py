@@ -26,11 +26,12 @@ from laid_eval.cli.console import (
     print_run,
     stderr,
 )
+from laid_eval.cli.picture_spectrum import show_pictures
 from laid_eval.errors import UserError
 
 if TYPE_CHECKING:
     from laid_eval.spectra import Band, Estimate, LoadedSpectrum, SpectrumRun
-    from laid_eval.spectrum.measure import Progress as Step
+    from laid_eval.spectrum.running import Progress as Step
 
 _WIDE = 130  # columns from which definitions stand beside the numbers
 
@@ -45,6 +46,8 @@ EPILOG = """
 
 `laid-eval spectrum --model smollm2 --what-if yarn:2 --what-if base:4`  predicted, then tried
 
+`laid-eval spectrum --model pocket-student --images 40`  a vision-language model, shown haystacks of pictures
+
 `laid-eval spectrum --model org/large --weights-only`  from the weights alone, without loading the model
 """
 
@@ -58,7 +61,13 @@ def spectrum(
     length: Annotated[
         int | None, typer.Option(help="Tokens of each text. Default: the claimed length, at most 8192.")
     ] = None,
-    texts: Annotated[int, typer.Option(help="Number of texts; intervals are over texts.")] = 4,
+    images: Annotated[
+        int | None,
+        typer.Option(help="Pictures of each haystack (vision-language models). Default: 20; text with --length."),
+    ] = None,
+    texts: Annotated[
+        int, typer.Option(help="Number of texts, or of haystacks of pictures; intervals are over them.")
+    ] = 4,
     queries: Annotated[int, typer.Option(help="Rows of attention sampled per text.")] = 128,
     knockout: Annotated[
         str, typer.Option(help="no, loss, or window: what happens with each band of pairs unrotated.")
@@ -98,7 +107,9 @@ def spectrum(
     with _live() as step:
         try:
             if weights_only:
-                run = _weights(model, teacher, length, wanted, what_if, out, revision, rope_scaling, trust_remote_code)
+                run = _weights(
+                    model, teacher, images, length, wanted, what_if, out, revision, rope_scaling, trust_remote_code
+                )
             else:
                 from laid_eval.spectrum.session import measure_spectrum
 
@@ -106,6 +117,7 @@ def spectrum(
                     model,
                     teacher=teacher,
                     length=length,
+                    images=images,
                     texts=texts,
                     queries=queries,
                     knockout=wanted,
@@ -142,6 +154,7 @@ def _knockout(name: str) -> Literal["no", "loss", "window"]:
 def _weights(
     model: str,
     teacher: str | None,
+    images: int | None,
     length: int | None,
     knockout: str,
     what_if: list[str] | None,
@@ -152,8 +165,10 @@ def _weights(
 ) -> LoadedSpectrum:
     from laid_eval.spectrum.weights_session import measure_weights
 
-    if teacher or knockout != "no" or what_if:
-        raise UserError("--weights-only reads no text: it can't be combined with --teacher, --knockout or --what-if.")
+    if teacher or images is not None or knockout != "no" or what_if:
+        raise UserError(
+            "--weights-only reads no text: it can't be combined with --teacher, --images, --knockout or --what-if."
+        )
     return measure_weights(
         model,
         length=length,
@@ -185,18 +200,15 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
     model, settings = header.model, header.settings
     size = f", {model.parameters / 1e6:,.0f}M parameters" if model.parameters else ""
     console.print(f"[bold]{escape(model.name)}[/bold] ({escape(model.source)}{size})")
-    how = (
-        f"{settings.texts} texts of {settings.length:,} tokens, {settings.queries} rows each, {model.dtype} on "
-        f"{model.device}"
-        if settings.texts
-        else f"from the weights alone; coverage at {settings.length:,} tokens"
-    )
-    console.print(f"claimed length {model.claimed_length or 'unknown'}; {how}\n")
+    console.print(f"claimed length {model.claimed_length or 'unknown'}; {_how(header)}\n")
     wide = console.width >= _WIDE
     console.print(_metrics_table(header, wide))
     if header.bands:
         console.print("\n[bold]rotary pairs by wavelength[/bold] (nats; intervals over texts in run.json)")
         console.print(_bands_table(header.bands))
+    reach, unit = settings.length, "tokens"
+    if header.pictures:
+        reach, unit = show_pictures(header.pictures, console), "positions"
     if header.knockout_baseline:
         console.print(f"window with nothing unrotated: {header.knockout_baseline}")
     for c in header.coverage:
@@ -204,8 +216,8 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
         horizon = "beyond 1,048,576" if c.horizon is None else f"{c.horizon:,}"
         weighted = "beyond 1,048,576" if c.horizon_by_usage is None else f"{c.horizon_by_usage:,}"
         console.print(
-            f"{where}: {c.full} of {c.pairs} pairs turn fully within {settings.length:,} tokens, {c.partial} by a "
-            f"quarter or more, {c.quasi_dc} less, {c.none} not at all; discrimination horizon {horizon} tokens, "
+            f"{where}: {c.full} of {c.pairs} pairs turn fully within {reach:,} {unit}, {c.partial} by a "
+            f"quarter or more, {c.quasi_dc} less, {c.none} not at all; discrimination horizon {horizon} {unit}, "
             f"{weighted} by usage"
         )
     if header.top_heads:
@@ -234,6 +246,17 @@ def show_spectrum(run: LoadedSpectrum, console: Console, files: list[str]) -> No
     if not wide:
         console.print("every number's definition: run.json, --json, or a terminal of 130 columns")
     console.print(f"run: {escape(str(run.path))} ({', '.join(['run.json', *files])})", soft_wrap=True)
+
+
+def _how(header: SpectrumRun) -> str:
+    model, settings = header.model, header.settings
+    if not settings.texts:
+        return f"from the weights alone; coverage at {settings.length:,} tokens"
+    rows = f"{settings.queries} rows each, {model.dtype} on {model.device}"
+    if settings.pictures:
+        shown = f"{settings.pictures.images} pictures ({settings.pictures.size} px) and a question"
+        return f"{settings.texts} haystacks of {shown}, {settings.length:,} tokens or more, {rows}"
+    return f"{settings.texts} texts of {settings.length:,} tokens, {rows}"
 
 
 def _metrics_table(header: SpectrumRun, wide: bool) -> Table:

@@ -179,8 +179,8 @@ def capture(model: PreTrainedModel, observer: Observer, exact: bool = False) -> 
         _active.reset(token)
 
 
-def check_capture(model: PreTrainedModel) -> float:
-    """Largest logit difference between the model's own attention and ours on a short text.
+def check_capture(model: PreTrainedModel, prompt: dict[str, Tensor] | None = None) -> float:
+    """Largest logit difference between the model's own attention and ours on a short text, or on a prompt.
 
     The text is longer than a short sliding window, so that a lost mask would show; that every layer's mask came
     through ours is checked besides, for windows too long to be tried.
@@ -189,15 +189,12 @@ def check_capture(model: PreTrainedModel) -> float:
         UserError: The difference is above 1e-4 (float32; more where logits are above 8, in proportion; in half
             precision 5% of the largest logit), or a layer's attention never came through the interface.
     """
-    config = model.config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None) or 0
-    size = 64 + (window if window <= 1024 else 0)
-    ids = torch.randint(0, config.vocab_size, (1, size), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": _short_text(model)} if prompt is None else prompt
     seen: set[int] = set()
     with torch.inference_mode():
-        own = model(ids.to(model.device), use_cache=False, logits_to_keep=64).logits.double()
+        own = model(**given, use_cache=False, logits_to_keep=64).logits.double()
         with capture(model, lambda call: seen.add(call.layer), exact=True):
-            ours = model(ids.to(model.device), use_cache=False, logits_to_keep=64).logits.double()
+            ours = model(**given, use_cache=False, logits_to_keep=64).logits.double()
     if not seen:
         raise UserError(
             f"The attention of {type(model).__name__} can't be seen: no layer went through transformers' interface."
@@ -211,6 +208,14 @@ def check_capture(model: PreTrainedModel) -> float:
             f"(allowed {bound:.2g}). Nothing was measured; please report the model."
         )
     return gap
+
+
+def _short_text(model: PreTrainedModel) -> Tensor:
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or 0
+    size = 64 + (window if window <= 1024 else 0)
+    ids = torch.randint(0, config.vocab_size, (1, size), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
 
 
 def hidden_attention(name: str) -> str:

@@ -7,7 +7,6 @@ for the picture alone, as the model does, and moved to where it stands; what fol
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence, Set
 from typing import Any, Protocol, cast
 
@@ -19,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from laid_eval.models.fork import FAILURES, ForkedText, why_different, why_rope_changes
 from laid_eval.models.frame import Branch
 from laid_eval.models.picture_frame import PictureFrame, Piece
+from laid_eval.models.positions import own_positions, span
 
 
 class Pictures(Protocol):
@@ -89,8 +89,8 @@ class ForkedPictures(ForkedText):
 
     @torch.inference_mode()
     def _read(self, piece: Piece) -> None:
-        positions = _positions(self.model, piece)
-        inputs = _on(self.model, piece)
+        positions = own_positions(self.model, piece)
+        inputs = piece.on(self.model)
         if positions is not None:
             positions = positions + self.position
             inputs["position_ids"] = positions.to(self.model.device)
@@ -118,8 +118,7 @@ class WholePictures:
     @property
     def position(self) -> int:
         """RoPE position of what comes next."""
-        positions = _positions(self.model, self._shown()) if self._pictures else None
-        return self.length if positions is None else len(self._opening) + int(positions.max()) + 1
+        return len(self._opening) + (span(self.model, self._shown()) if self._pictures else 0)
 
     def show(self, picture: Image) -> None:
         """Remember it."""
@@ -134,7 +133,7 @@ class WholePictures:
     @torch.inference_mode()
     def say(self, stem: Sequence[int], limit: int, stops: Set[int]) -> list[int]:
         """The most probable tokens after the whole prompt, by transformers' own loop."""
-        inputs = self._prompt(stem)
+        inputs = self._shown().within(self._opening, stem).on(self.model)
         greedy = GenerationConfig(
             do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=limit,
             eos_token_id=sorted(stops) or None, pad_token_id=min(stops, default=0),
@@ -156,47 +155,15 @@ class WholePictures:
 
     def _logs(self, asked: list[int], kept: int) -> Tensor:
         """(kept, V) log-probabilities after the last tokens of the whole prompt."""
-        out = self.model(use_cache=False, logits_to_keep=kept, **self._prompt(asked))
+        whole = self._shown().within(self._opening, asked)
+        out = self.model(use_cache=False, logits_to_keep=kept, **whole.on(self.model))
         return torch.log_softmax(out.logits[0, -kept:].float(), dim=-1)
-
-    def _prompt(self, asked: Sequence[int]) -> dict[str, Tensor]:
-        """The whole prompt as the model takes it."""
-        shown = self._shown()
-        around = (torch.tensor([list(tokens)], dtype=torch.long) for tokens in (self._opening, asked))
-        ids = torch.cat([next(around), shown.ids, next(around)], dim=1)
-        inputs = dict(shown.inputs)
-        for name, value in inputs.items():
-            if name.endswith("token_type_ids"):
-                inputs[name] = torch.nn.functional.pad(value, (len(self._opening), len(asked)))
-        return _on(self.model, Piece(ids, inputs))
 
     def _shown(self) -> Piece:
         """All pictures as the processor makes them together, made once."""
         if self._piece is None:
             self._piece = self.frame.piece(self._pictures)
         return self._piece
-
-
-def _on(model: PreTrainedModel, piece: Piece) -> dict[str, Tensor]:
-    """A piece as the model takes it, on its device, pictures in its type."""
-    inputs = {"input_ids": piece.ids, **piece.inputs}
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
-
-
-def _positions(model: PreTrainedModel, piece: Piece) -> Tensor | None:
-    """(axes, 1, n) positions of a piece that stands at the start; `None` where they are its slots."""
-    find = getattr(model.base_model, "get_rope_index", None)
-    if find is None:
-        return None
-    if "mm_token_type_ids" not in piece.inputs:
-        return torch.arange(piece.ids.shape[1]).expand(3, 1, -1)
-    names = set(inspect.signature(find).parameters)
-    inputs = {"input_ids": piece.ids, **{n: v for n, v in piece.inputs.items() if n in names}}
-    positions: Tensor = find(**inputs)[0]
-    return positions
 
 
 def why_not_forked(model: PreTrainedModel, frame: PictureFrame, pictures: Sequence[Image], longest: int) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -141,7 +142,9 @@ def load(described: Described, tokenizer: PreTrainedTokenizerBase | None = None)
         UserError: The weights can't be loaded, or the model sees later tokens (it is not causal).
     """
     tokenizer = tokenizer or load_tokenizer(described)
-    model = _load_weights(AutoModelForCausalLM, described)
+    # the library counts some families that see and talk among the language models, and not others
+    talks = type(described.config) in MODEL_FOR_CAUSAL_LM_MAPPING or not takes_pictures(described)
+    model = _load_weights(AutoModelForCausalLM if talks else AutoModelForImageTextToText, described)
     refuse_if_not_causal(described.source.name, model)
     return LoadedModel(model, tokenizer, _loaded_info(described, model, tokenizer))
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, ProcessorMixin
 
 from laid_eval.errors import UserError
 from laid_eval.models.frame import Branch, Frame, branch_of
@@ -32,6 +34,23 @@ class Piece:
     """(1, n)"""
     inputs: dict[str, Tensor]
     """`pixel_values` and whatever else the processor makes."""
+
+    def within(self, before: Sequence[int], after: Sequence[int]) -> Piece:
+        """The same pictures with words before and after them."""
+        ids = torch.cat([torch.tensor([list(before)], dtype=torch.long), self.ids, torch.tensor([list(after)])], dim=1)
+        inputs = {
+            name: pad(value, (len(before), len(after))) if name.endswith("token_type_ids") else value
+            for name, value in self.inputs.items()
+        }
+        return Piece(ids, inputs)
+
+    def on(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """As the model takes it, on its device, pictures in its type."""
+        inputs = {"input_ids": self.ids, **self.inputs}
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
 
 
 @dataclass(frozen=True)

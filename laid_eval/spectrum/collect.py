@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from laid_eval.errors import UserError
@@ -59,19 +60,33 @@ def observe_text(
         progress: Called with the number of each layer done.
     """
     plan = sample(len(ids), queries, seed)
+    prompt = {"input_ids": torch.tensor([list(ids)], device=model.device)}
+    return observe_layers(model, prompt, lambda call: dict(observe(call, rotary[call.layer], plan, kernels)), progress)
+
+
+def observe_layers(
+    model: PreTrainedModel,
+    prompt: dict[str, Tensor],
+    observe: Callable[[Call], Arrays],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Arrays:
+    """One prompt through the model: what `observe` takes from each layer, stacked (L, ...), with `layers` and `scale`.
+
+    Raises:
+        UserError: A layer gives values that are not finite.
+    """
     found: dict[int, Arrays] = {}
 
     def look(call: Call) -> None:
-        arrays: Arrays = dict(observe(call, rotary[call.layer], plan, kernels))
+        arrays = observe(call)
         if not all(np.isfinite(x).all() for x in arrays.values()):
             raise UserError(f"Layer {call.layer} gives values that are not finite; try --dtype float32 or bfloat16.")
         arrays["scale"] = np.array(call.scale, dtype=np.float32)
         found[call.layer] = arrays
         progress(call.layer)
 
-    tokens = torch.tensor([list(ids)], device=model.device)
     with torch.inference_mode(), capture(model, look):
-        model(tokens, use_cache=False, logits_to_keep=1)
+        model(**prompt, use_cache=False, logits_to_keep=1)
     layers = sorted(found)
     names = sorted({name for arrays in found.values() for name in arrays})
     out: Arrays = {name: _stacked([found[i].get(name) for i in layers]) for name in names}
@@ -136,10 +151,11 @@ def _derived(part: Arrays) -> Arrays:
 
 
 def mass_residual(parts: Sequence[Arrays]) -> float:
-    """Largest distance from one of a head's masses: profile, tail, sinks."""
+    """Largest distance from one of a head's masses: profile, tail, sinks, ahead."""
     worst = 0.0
     for part in parts:
-        total = part["profile"].mean(1, dtype=np.float64).sum(-1) + part["tail"] + part["sink"] + part["learned_sink"]
+        profile = part["profile"].mean(1, dtype=np.float64).sum(-1)
+        total = profile + part["tail"] + part["sink"] + part["learned_sink"] + part["ahead"]
         worst = max(worst, float(np.abs(total - 1).max()))
     return worst
 

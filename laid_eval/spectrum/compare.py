@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laid_eval.errors import UserError
-from laid_eval.spectra import ARRAYS, Compared, LoadedSpectrum
+from laid_eval.spectra import ARRAYS, PICTURE_ARRAYS, Compared, LoadedSpectrum
 from laid_eval.spectrum.distance import js_divergence, wasserstein_octaves
 from laid_eval.spectrum.fourier import normalised
 from laid_eval.spectrum.intervals import mean_there, sign_flip_p, text_interval
 from laid_eval.spectrum.layout import BANDS, far_bins, far_distance
 from laid_eval.spectrum.mixing import Mixing
+from laid_eval.spectrum.picture_summary import AXES, axis_usage
 from laid_eval.spectrum.summary import outside_sinks, usage_share, wavelengths
 
 Arrays = dict[str, NDArray[Any]]
@@ -65,7 +66,7 @@ def compare_spectra(
     confidence = student.header.settings.confidence
     own, other = student.arrays, teacher.arrays
     match = matched_layers(len(own["layers"]), len(other["layers"]))
-    other = {name: _at_layers(name, x, match) for name, x in other.items() if name in ARRAYS}
+    other = {name: _at_layers(name, x, match) for name, x in other.items() if name in ARRAYS or name in PICTURE_ARRAYS}
     notes: list[str] = []
     tried = [_compared(m, own, other, confidence, seed) for m in _measures(own, other, length, notes)]
     found = [measure for measure in tried if measure is not None]
@@ -127,6 +128,17 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
             0.0,
         ),
     ]
+    if "image_mass" in own and "image_mass" in other:
+        out.append(
+            _Measure(
+                "image_mass_overlap",
+                "0..1",
+                "attention of the question's last tokens by picture, scaled to sum one: the lesser of both models'; "
+                "mean over layers",
+                lambda s, t: _overlap(_by_picture(s), _by_picture(t), slice(None)),
+                1.0,
+            )
+        )
     if "usage" not in own or "usage" not in other:
         notes.append("one of the models has no rotary pairs: only attention is compared")
         return out
@@ -142,6 +154,16 @@ def _measures(own: Arrays, other: Arrays, length: int, notes: list[str]) -> list
             1.0,
         )
     )
+    if "axis" in own and "axis" in other:
+        out.append(
+            _Measure(
+                "axis_usage_overlap",
+                "0..1",
+                "share of usage by position axis (t, h, w, or one for all): lesser of both models'; mean over layers",
+                lambda s, t: _overlap(_by_axis(s), _by_axis(t), slice(None)),
+                1.0,
+            )
+        )
     if not _same_pairs(own, other):
         notes.append("rotary frequencies or head sizes differ: pairs are not compared one by one, only by band")
         out.append(
@@ -241,12 +263,12 @@ def _one_sided(excess: Floats, seed: int) -> float | None:
     return p / 2 if np.nanmean(excess) > 0 else 1.0  # nearer than texts are to each other is no difference
 
 
-_PER_LAYER = ("layers", "theta", "scale", "profile", "logit", "moment", "rms")
-_GRIDS = ("distances", "frequencies")
+_PER_LAYER = ("layers", "theta", "scale", "profile", "logit", "moment", "rms", "axis")
+_GRIDS = ("distances", "frequencies", "positions", "spans")
 
 
 def _at_layers(name: str, x: NDArray[Any], match: NDArray[np.int64]) -> NDArray[Any]:
-    if name in _GRIDS:
+    if name in _GRIDS or name == "needle":
         return x
     return x[match] if name in _PER_LAYER else x[:, match]
 
@@ -268,6 +290,18 @@ def _overlap(student: Floats, teacher: Floats, pick: Any) -> Floats:
     whole = teacher[..., pick].sum(-1)
     both = np.minimum(student, teacher)[..., pick].sum(-1)
     return np.where(whole > _NOTHING, both / np.where(whole > _NOTHING, whole, 1.0), np.nan)
+
+
+def _by_picture(arrays: Arrays) -> Floats:
+    """(T, L, I) mean over heads, scaled to sum one."""
+    return normalised(_layer_mean(arrays["image_mass"]))
+
+
+def _by_axis(arrays: Arrays) -> Floats:
+    """(T, L, X) share of usage of every axis that there may be, mean over heads."""
+    found, usage = axis_usage(arrays)
+    mean = np.nan_to_num(_layer_mean(usage))
+    return np.stack([mean[..., found.index(a)] if a in found else mean[..., 0] * 0 for a in AXES], axis=-1)
 
 
 def _leakage(student: Arrays, teacher: Arrays, cut: float) -> Floats:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from laid_eval.models.frame import Frame, frame_of
 from laid_eval.models.load import Described, LoadedModel, load
 from laid_eval.models.rotary import Rotary, rotaries, unrotated
 from laid_eval.records import ModelInfo
-from laid_eval.runs import HEADER, write_atomically
+from laid_eval.runs import write_atomically
 from laid_eval.spectra import (
     HEADS,
     SPECTRA,
@@ -38,12 +36,13 @@ from laid_eval.spectra import (
     save_spectrum,
 )
 from laid_eval.spectrum.causes import knockout_losses, rescaled, what_if
-from laid_eval.spectrum.collect import Arrays, finish, load_part, mass_residual, observe_text, save_part
+from laid_eval.spectrum.collect import Arrays, finish, mass_residual, observe_text
 from laid_eval.spectrum.fourier import taper_leakage
 from laid_eval.spectrum.heads import content_shift, retrieval_scores
 from laid_eval.spectrum.intervals import text_interval
 from laid_eval.spectrum.knockout_window import knockout_windows
 from laid_eval.spectrum.layout import SINKS, stationary_width
+from laid_eval.spectrum.running import PARTS, Clock, Progress, Report, earlier, keeper, observed
 from laid_eval.spectrum.summary import bands, coverage, head_table, metrics, top_heads
 from laid_eval.spectrum.texts import needles, prose, shuffled
 from laid_eval.window.haystack import Corpus
@@ -56,22 +55,8 @@ SHORTEST = 256
 _HEADS_LENGTH = 2048  # of needle texts
 _CONTENT_LENGTH = 1024  # of the text that is shuffled
 _NEEDLE_TEXTS = 2
-_PARTS = "parts"
 _GIB = 1024**3
 _SPARE = 16  # rows a table of positions may have beyond the claimed length (OPT: 2)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a measurement stands, for a live line."""
-
-    folder: Path
-    what: str
-    done: int
-    total: int
-
-
-Report = Callable[[Progress], None]
 
 
 def measure(
@@ -83,8 +68,8 @@ def measure(
         return before
     check_memory(described, shape_of(described), settings.length)
     if before is None:
-        shutil.rmtree(folder / _PARTS, ignore_errors=True)  # of no run that is known
-    clock = _Clock(before.header.cost.seconds if before else 0.0)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of no run that is known
+    clock = Clock(before.header.cost.seconds if before else 0.0)
     loaded = load(described)
     gap = check_capture(loaded.model)
     rotary = rotaries(loaded.model, settings.length)
@@ -97,19 +82,16 @@ def measure(
         model=loaded.info,
         settings=settings,
         environment=environment(),
-        notes=(*_notes(loaded.info, settings.length), *notes),
+        notes=(*header_notes(loaded.info, settings.length), *notes),
     )
+    keep = keeper(folder, run, clock)
 
-    def keep() -> None:
-        save_spectrum(folder, run.model_copy(update={"cost": SpectrumCost(seconds=clock.seconds)}))
+    def observe(k: int, step: Callable[[int], None]) -> Arrays:
+        return observe_text(loaded.model, ids[k], rotary, settings.queries, settings.seed + k, k == 0, step)
 
-    try:
-        keep()
-    except OSError as error:
-        raise UserError(f"--out '{folder}' can't be written: {error.strerror}. Choose another folder.") from None
-    parts = _texts(loaded.model, ids, rotary, settings, folder, report, keep)
+    parts = observed(len(ids), len(rotary), "text", observe, folder, report, keep)
     arrays = finish(parts, rotary, settings.length)
-    run = _summarised(run, arrays, rotary, parts, gap)
+    run = summarised(run, arrays, rotary, parts, gap)
     table, more = _heads(loaded, arrays, ids, rotary, settings, corpus, frame, folder, report)
     run = _knocked_out(loaded, run, ids, folder, report)
     guesses, kernels = _guesses(loaded.model, ids[0], arrays, rotary, settings, folder, report)
@@ -129,20 +111,8 @@ def measure(
         }
     )
     save_spectrum(folder, run)
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
     return load_spectrum(folder)
-
-
-class _Clock:
-    """Seconds over all sessions of a run."""
-
-    def __init__(self, before: float) -> None:
-        self._started = time.perf_counter() - before
-
-    @property
-    def seconds(self) -> float:
-        """So far."""
-        return round(time.perf_counter() - self._started, 1)
 
 
 def _tokens(run: SpectrumRun) -> int:
@@ -153,29 +123,6 @@ def _tokens(run: SpectrumRun) -> int:
         passes += settings.texts * (1 + sum(b.knockout is not None for b in run.bands))
     heads = 2 * min(_CONTENT_LENGTH, settings.length) + _NEEDLE_TEXTS * min(_HEADS_LENGTH, settings.length)
     return passes * settings.length + heads
-
-
-def earlier(folder: Path, info: ModelInfo, settings: SpectrumSettings) -> LoadedSpectrum | None:
-    """The run already in the folder, if it is of the same model and settings."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out '{folder}' is a file; give a folder.")
-    if not (folder / HEADER).exists():
-        if folder.is_dir() and any(p for p in folder.iterdir() if p.name not in ("teacher", _PARTS, SPECTRA)):
-            raise UserError(f"--out '{folder}' holds other files. Name a new or empty folder, or a spectrum run's.")
-        return None
-    found = load_spectrum(folder)
-    head = found.header
-    same = (head.model.fingerprint, head.model.dtype, head.model.rope_scaling, head.settings) == (
-        info.fingerprint,
-        info.dtype,
-        info.rope_scaling,
-        settings,
-    )
-    if not same:
-        raise UserError(
-            f"--out '{folder}' holds a spectrum of another model or with other settings. Choose another folder."
-        )
-    return found
 
 
 def _check_possible(loaded: LoadedModel, rotary: Sequence[Rotary | None], settings: SpectrumSettings) -> None:
@@ -207,42 +154,15 @@ def _check_possible(loaded: LoadedModel, rotary: Sequence[Rotary | None], settin
         )
 
 
-def _texts(
-    model: PreTrainedModel,
-    ids: Sequence[Sequence[int]],
+def summarised(
+    run: SpectrumRun,
+    arrays: Arrays,
     rotary: Sequence[Rotary | None],
-    settings: SpectrumSettings,
-    folder: Path,
-    report: Report,
-    keep: Callable[[], None],
-) -> list[Arrays]:
-    """Raw arrays of every text, from the disk where an earlier session finished one."""
-    parts = []
-    total = len(ids) * len(rotary)
-    for k, text in enumerate(ids):
-        path = folder / _PARTS / f"text-{k}.npz"
-        part = load_part(path)
-        if part is None:
-            part = observe_text(
-                model,
-                text,
-                rotary,
-                settings.queries,
-                settings.seed + k,
-                kernels=k == 0,
-                progress=lambda layer, k=k: report(  # type: ignore[misc]
-                    Progress(folder, f"text {k + 1} of {len(ids)}", k * len(rotary) + layer + 1, total)
-                ),
-            )
-            save_part(path, part)
-            keep()
-        parts.append(part)
-    return parts
-
-
-def _summarised(
-    run: SpectrumRun, arrays: Arrays, rotary: Sequence[Rotary | None], parts: list[Arrays], gap: float
+    parts: list[Arrays],
+    gap: float,
+    reach: int | None = None,
 ) -> SpectrumRun:
+    """The run with what its arrays say; `reach` as for `metrics`."""
     n, confidence = run.settings.length, run.settings.confidence
     notes = list(run.notes)
     still = [int(i) for i in arrays["layers"] if rotary[i] is None]
@@ -262,9 +182,9 @@ def _summarised(
                 "taper_main_lobe_on_bin": taper_leakage("boxcar", stationary_width(n)).on_bin,
                 "taper_main_lobe_half_bin": taper_leakage("boxcar", stationary_width(n)).half_bin,
             },
-            "metrics": metrics(arrays, n, confidence),
+            "metrics": metrics(arrays, n, confidence, reach),
             "bands": bands(arrays, confidence),
-            "coverage": coverage(rotary, arrays, n, run.model.claimed_length) if has_pairs else (),
+            "coverage": coverage(rotary, arrays, reach or n, run.model.claimed_length) if has_pairs else (),
             "notes": tuple(notes),
         }
     )
@@ -357,8 +277,8 @@ def _guesses(
     return tuple(records), kernels
 
 
-def check_memory(described: Described, shape: Shape, length: int) -> None:
-    """Refuse a length before anything is allocated.
+def check_memory(described: Described, shape: Shape, length: int, each: int = 0) -> None:
+    """Refuse a length before anything is allocated; of pictures that take `each` tokens, where there are any.
 
     Raises:
         UserError: More is needed than is free; names a length that fits.
@@ -372,14 +292,16 @@ def check_memory(described: Described, shape: Shape, length: int) -> None:
     free = free_memory(described.device)
     if weights + per_token * length > free:
         fits = int((free - weights) / per_token) // 256 * 256
-        room = f"About {fits:,} tokens fit: --length {fits}." if fits >= SHORTEST else "Take a smaller model."
+        option = f"--images {fits // each}" if each else f"--length {fits}"
+        room = f"About {fits:,} tokens fit: {option}." if fits >= SHORTEST else "Take a smaller model."
         raise UserError(
             f"A spectrum of {described.source.name!r} at {length:,} tokens needs about "
             f"{(weights + per_token * length) / _GIB:.1f} GiB; {free / _GIB:.1f} GiB are free. {room}"
         )
 
 
-def _notes(info: ModelInfo, length: int) -> tuple[str, ...]:
+def header_notes(info: ModelInfo, length: int) -> tuple[str, ...]:
+    """What is to be said of any measurement at a length; positions, where those are not tokens."""
     notes = []
     if info.dtype != "float32":
         notes.append(f"computed in {info.dtype}: small differences drown in its rounding")

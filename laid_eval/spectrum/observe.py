@@ -42,22 +42,31 @@ class Sample:
     """(R,) queries whose probabilities are computed, ascending, all in the second half."""
     few: Tensor
     """Some of them, for what costs a softmax per band."""
+    width: int
+    """W: every sampled query sees every distance below this, sinks not counted."""
+    positions: Tensor
+    """(N,) RoPE positions, or (axes, N)."""
 
-    @property
-    def width(self) -> int:
-        """W: every sampled query sees every distance below this, sinks not counted."""
-        return stationary_width(self.length)
 
+def sample(length: int, queries: int, seed: int, width: int | None = None, positions: Tensor | None = None) -> Sample:
+    """Rows drawn one from each of `queries` equal slices of the second half.
 
-def sample(length: int, queries: int, seed: int) -> Sample:
-    """Rows drawn one from each of `queries` equal slices of the second half."""
+    Args:
+        length: N.
+        queries: Rows, about.
+        seed: Of the draw.
+        width: Distances looked at, where they are to be fewer than this text allows.
+        positions: RoPE positions where they are not the tokens' numbers.
+    """
     start = stationary_width(length) + SINKS
     count = max(min(queries, length - start) // 2 * 2, 2)  # two halves of equal size
     edges = np.linspace(start, length, count + 1)
     rng = np.random.default_rng([seed, length])
     rows = torch.from_numpy((edges[:-1] + rng.uniform(size=count) * np.diff(edges)).astype(np.int64))
     few = rows[:: max(count // FEW, 1)]
-    return Sample(length, rows, few)
+    return Sample(
+        length, rows, few, width or stationary_width(length), torch.arange(length) if positions is None else positions
+    )
 
 
 def observe(call: Call, rotary: Rotary | None, plan: Sample, kernels: bool = True) -> Arrays:
@@ -71,19 +80,20 @@ def observe(call: Call, rotary: Rotary | None, plan: Sample, kernels: bool = Tru
     """
     out = attention_rows(call, rotary, plan)
     if rotary is not None:
-        out |= pair_norms(call, rotary)
+        out |= pair_norms(call, rotary, plan.positions)
         if kernels:
             out |= pair_kernels(call, rotary)
     return {name: x.float().cpu().numpy() for name, x in out.items()}
 
 
 def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str, Tensor]:
-    """Means over the sampled rows. Masses sum to one: profile + tail + sink + learned_sink.
+    """Means over the sampled rows. Masses sum to one: profile + tail + sink + learned_sink + ahead.
 
     Returns:
         profile (2, H, W): mass at each distance, of every other row and of the rest (two independent samples: their
         cross-power holds no sampling noise); tail (H,): mass beyond W, sinks not counted; sink (H,): mass on the
-        first tokens; learned_sink (H,): mass on learned sink logits; entropy (H,): of a row, nats;
+        first tokens; learned_sink (H,): mass on learned sink logits; ahead (H,): mass on later tokens
+        (of the same picture, where a model lets them be seen); entropy (H,): of a row, nats;
         contribution (H, F): mean logit of a pair under attention minus under even weights over the visible keys,
         sinks left out of both, nats (needs `rotary`); utility (H, B): KL divergence from the attention to that with
         the band's pairs unrotated, nats, rows of `plan.few` (needs `rotary`).
@@ -106,7 +116,9 @@ def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str,
         add("profile", torch.stack([aligned[:, ::2].sum(1), aligned[:, 1::2].sum(1)]))
         add("sink", sink.sum(1))
         add("learned_sink", (1 - seen).sum(1) if call.sinks is not None else torch.zeros_like(sink[:, 0]))
-        add("tail", (seen - sink).sum(1) - near.sum(1))
+        ahead = torch.zeros_like(sink) if call.mask.plain else _ahead(p, rows)
+        add("ahead", ahead.sum(1))
+        add("tail", (seen - sink - ahead).sum(1) - near.sum(1))
         add("entropy", torch.special.entr(p).sum((1, 2)))
         if rotary is not None:
             kept = p[..., SINKS:]
@@ -118,16 +130,15 @@ def attention_rows(call: Call, rotary: Rotary | None, plan: Sample) -> dict[str,
     sums["profile"] *= 2  # each half holds half of the rows
     out = {name: value / len(plan.rows) for name, value in sums.items()}
     if rotary is not None:
-        out["utility"] = rotation_utility(call, rotary, plan.few.to(device), BANDS)
+        out["utility"] = rotation_utility(call, rotary, plan.few.to(device), BANDS, plan.positions)
     return out
 
 
-def rotation_utility(call: Call, rotary: Rotary, rows: Tensor, edges: tuple[float, ...]) -> Tensor:
+def rotation_utility(call: Call, rotary: Rotary, rows: Tensor, edges: tuple[float, ...], positions: Tensor) -> Tensor:
     """(H, B) mean KL divergence, nats, from the attention of `rows` to that with one band of pairs unrotated.
 
     A band's pairs are turned back by their own positions, in queries and keys; 0 where a band holds no pair.
     """
-    positions = torch.arange(call.key.shape[2], device=call.key.device)
     logits = call.logits(rows)
     own = call.log_softmax(logits, rows)
     p = own.exp()
@@ -138,7 +149,7 @@ def rotation_utility(call: Call, rotary: Rotary, rows: Tensor, edges: tuple[floa
             continue
         pick = torch.as_tensor(band, device=p.device)
         query, key = rotary.pairs(call.query[0][:, rows])[..., pick], rotary.pairs(call.key[0])[..., pick]
-        back = rotary.turns(positions).conj()[:, pick].to(key.dtype)
+        back = rotary.turns(positions.to(p.device)).conj()[:, pick].to(key.dtype)
         # one product for both: the band's turned-back logits minus its own
         change = _dot(torch.cat([query * back[rows], -query], dim=-1), torch.cat([key * back, key], dim=-1))
         other = call.log_softmax(logits + call.scale * change, rows)
@@ -146,7 +157,7 @@ def rotation_utility(call: Call, rotary: Rotary, rows: Tensor, edges: tuple[floa
     return out
 
 
-def pair_norms(call: Call, rotary: Rotary) -> dict[str, Tensor]:
+def pair_norms(call: Call, rotary: Rotary, positions: Tensor) -> dict[str, Tensor]:
     """What the rotary pairs of a layer carry, over all tokens but the sinks.
 
     Un-rotated means turned back by the token's own position.
@@ -155,7 +166,7 @@ def pair_norms(call: Call, rotary: Rotary) -> dict[str, Tensor]:
         query_norm, key_norm (H, F): mean length of the pair's vector; query_mean, key_mean (H, F, 2): mean un-rotated
         vector (real, imaginary).
     """
-    turns = _turns(call, rotary).conj()
+    turns = _turns(call, rotary, positions).conj()
     sides: dict[str, list[Tensor]] = {"query_norm": [], "query_mean": [], "key_norm": [], "key_mean": []}
     for name, vectors in (("query", call.query[0]), ("key", call.key[0])):
         for head in vectors:  # one at a time: memory
@@ -170,6 +181,8 @@ def pair_norms(call: Call, rotary: Rotary) -> dict[str, Tensor]:
 def pair_kernels(call: Call, rotary: Rotary) -> dict[str, Tensor]:
     """Mean and root mean square logit of every pair by distance, over all tokens but the sinks, by FFT.
 
+    Of text alone: positions are the tokens' numbers.
+
     Returns:
         moment (H, F, M, 2): scaled mean of un-rotated query x conjugate key at the distances of `log_distances`,
         whose turn by e^(i theta d) has the mean logit as its real part; rms (H, F, M): root mean square logit there;
@@ -177,7 +190,7 @@ def pair_kernels(call: Call, rotary: Rotary) -> dict[str, Tensor]:
     """
     n = call.key.shape[2]
     w = stationary_width(n)
-    turns = _turns(call, rotary)
+    turns = _turns(call, rotary, torch.arange(n))
     grid = torch.as_tensor(log_distances(n), device=turns.device)
     forward = turns[:w].T  # (F, W): e^(i theta d)
     tokens = (n - SINKS - torch.arange(w, device=turns.device)).to(forward.real.dtype)
@@ -198,11 +211,10 @@ def pair_kernels(call: Call, rotary: Rotary) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in out.items()}
 
 
-def _turns(call: Call, rotary: Rotary) -> Tensor:
+def _turns(call: Call, rotary: Rotary, positions: Tensor) -> Tensor:
     """(N, F) e^(i theta position) in the precision of the vectors."""
     exact = call.key.dtype == torch.float64
-    positions = torch.arange(call.key.shape[2], device=call.key.device)
-    return rotary.turns(positions).to(torch.complex128 if exact else torch.complex64)
+    return rotary.turns(positions.to(call.key.device)).to(torch.complex128 if exact else torch.complex64)
 
 
 @dataclass(frozen=True)
@@ -241,6 +253,12 @@ class _Spectra:
         """(F, W) sum over queries of |q_i|^2 |k_(i-d)|^2."""
         out: Tensor = torch.fft.irfft(self.size * key.size.conj(), n=self.points)[:, :w]
         return out
+
+
+def _ahead(p: Tensor, rows: Tensor) -> Tensor:
+    """(H, R) mass of rows (H, R, N) on keys after their own."""
+    later = torch.arange(p.shape[-1], device=p.device) > rows[:, None]
+    return (p * later).sum(-1)
 
 
 def _running_sum(key: Tensor) -> Tensor:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from laid_eval.errors import UserError
-from laid_eval.models.capture import hidden_attention
-from laid_eval.models.cost import empty_model
-from laid_eval.models.load import Described, describe
+from laid_eval.models.load import Described, describe, takes_pictures
 from laid_eval.models.source import resolve
 from laid_eval.runs import run_folder
 from laid_eval.spectra import (
@@ -18,7 +16,10 @@ from laid_eval.spectra import (
     SpectrumSettings,
 )
 from laid_eval.spectrum.knockout_window import SHORTEST as SHORTEST_WINDOW
-from laid_eval.spectrum.measure import LENGTH, SHORTEST, Progress, Report, measure
+from laid_eval.spectrum.measure import LENGTH, SHORTEST, measure
+from laid_eval.spectrum.picture_session import show_pictures
+from laid_eval.spectrum.pictures import IMAGES
+from laid_eval.spectrum.running import Progress, Report, refuse_hidden
 from laid_eval.spectrum.teacher import compare_models
 from laid_eval.window.haystack import Corpus, load_corpus
 
@@ -37,6 +38,7 @@ def measure_spectrum(
     *,
     teacher: str | None = None,
     length: int | None = None,
+    images: int | None = None,
     texts: int = 4,
     queries: int = 128,
     knockout: Literal["no", "loss", "window"] = "no",
@@ -59,7 +61,9 @@ def measure_spectrum(
         model: Reference model, local folder, GGUF file or Hub id.
         teacher: A second model to compare with; its run lies in the folder `teacher` of the run.
         length: Tokens of each text. Default: the claimed length, at most 8,192.
-        texts: Intervals are over texts; one text has none.
+        images: Pictures of each haystack that a vision-language model is shown, with a question at the end. Default:
+            20; with a `length` or a `haystack` it reads text instead, as a language model.
+        texts: Texts, or haystacks of pictures. Intervals are over them; one has none.
         queries: Rows of attention sampled from each text's second half.
         knockout: Also the loss (`loss`), and the effective window besides (`window`), with each band unrotated.
         what_if: Scalings whose effect is predicted and tried: `yarn:2`, `linear:2`, `dynamic:2`, `base:4`.
@@ -83,15 +87,32 @@ def measure_spectrum(
         KeyboardInterrupt: As it came; finished texts are kept.
     """
     options = _Options(dtype, device, rope_scaling, trust_remote_code, allow_pickle)
-    corpus = load_corpus([Path(file) for file in haystack])
     described = _described(model, revision, options)
     # the teacher as it is: a scaled student beside an unscaled teacher is the question
     other = _described(teacher, None, replace(options, rope_scaling=None)) if teacher else None
-    settings = _settings(described, other, length, texts, queries, knockout, tuple(what_if), corpus, confidence, seed)
+    asked = SpectrumSettings(
+        length=0,
+        texts=texts,
+        queries=queries,
+        haystack=None,
+        haystack_hash=None,
+        confidence=confidence,
+        seed=seed,
+        knockout=knockout,
+        what_if=tuple(what_if),
+    )
+    _check(asked)
     folder = run_folder(out, described.info.name, "spectrum")
-    for model_, role in ((described, "model"), (other, "teacher")):
-        if model_ and not empty_model(model_)._can_set_attn_implementation():
-            raise UserError(hidden_attention(f"{role} {model_.source.name!r} ({model_.config.model_type})"))
+    if images is not None or (length is None and not haystack and takes_pictures(described)):
+        if length is not None or haystack:
+            raise UserError(
+                "--images shows haystacks of drawn pictures; they can't be combined with --length or --haystack, which "
+                "are of text. Leave one out."
+            )
+        return show_pictures(described, other, IMAGES if images is None else images, asked, folder, progress)
+    corpus = load_corpus([Path(file) for file in haystack])
+    settings = _of_text(asked, described, other, length, corpus)
+    refuse_hidden(described, other)
     own = measure(described, settings, corpus, folder, progress)
     if other is None:
         return own
@@ -111,40 +132,24 @@ def _described(name: str, revision: str | None, o: _Options) -> Described:
     return describe(source, o.dtype, o.device, o.rope_scaling, o.trust_remote_code, o.allow_pickle)
 
 
-def _settings(
-    described: Described,
-    other: Described | None,
-    length: int | None,
-    texts: int,
-    queries: int,
-    knockout: Literal["no", "loss", "window"],
-    what_if: tuple[str, ...],
-    corpus: Corpus,
-    confidence: float,
-    seed: int,
+def _check(settings: SpectrumSettings) -> None:
+    if not 1 <= settings.texts <= 1000:
+        raise UserError(f"--texts must lie between 1 and 1000, got {settings.texts}.")
+    if settings.queries < 8:
+        raise UserError(f"--queries must be at least 8, got {settings.queries}.")
+    if not 0 < settings.confidence < 1:
+        raise UserError(f"--confidence must lie between 0 and 1, got {settings.confidence}.")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"--seed must lie between 0 and {2**32 - 1}, got {settings.seed}.")
+
+
+def _of_text(
+    settings: SpectrumSettings, described: Described, other: Described | None, length: int | None, corpus: Corpus
 ) -> SpectrumSettings:
     claimed = [d.claimed_length for d in (described, other) if d and d.claimed_length]
     n = length if length is not None else min([LENGTH, *claimed])
     if n < SHORTEST:
         raise UserError(f"--length must be at least {SHORTEST} tokens, got {n}.")
-    if knockout == "window" and n < SHORTEST_WINDOW:
+    if settings.knockout == "window" and n < SHORTEST_WINDOW:
         raise UserError(f"--knockout window needs --length {SHORTEST_WINDOW} or more, got {n}.")
-    if not 1 <= texts <= 1000:
-        raise UserError(f"--texts must lie between 1 and 1000, got {texts}.")
-    if queries < 8:
-        raise UserError(f"--queries must be at least 8, got {queries}.")
-    if not 0 < confidence < 1:
-        raise UserError(f"--confidence must lie between 0 and 1, got {confidence}.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed must lie between 0 and {2**32 - 1}, got {seed}.")
-    return SpectrumSettings(
-        length=n,
-        texts=texts,
-        queries=queries,
-        haystack=corpus.name,
-        haystack_hash=corpus.hash,
-        confidence=confidence,
-        seed=seed,
-        knockout=knockout,
-        what_if=what_if,
-    )
+    return settings.model_copy(update={"length": n, "haystack": corpus.name, "haystack_hash": corpus.hash})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,8 +51,15 @@ def wavelengths(arrays: Arrays) -> Floats:
         return np.asarray(2 * np.pi / arrays["theta"])
 
 
-def metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...]:
-    """Means over layers and heads (medians for distances), with intervals over texts."""
+def metrics(arrays: Arrays, length: int, confidence: float, reach: int | None = None) -> tuple[Metric, ...]:
+    """Means over layers and heads (medians for distances), with intervals over texts.
+
+    Args:
+        arrays: Of the run.
+        length: N, tokens.
+        confidence: Of the intervals.
+        reach: RoPE positions of the text where those are not tokens (pictures).
+    """
     octave, far, near = outside_sinks(arrays), far_distance(length, 4), 4 / stationary_width(length)
     far_mass = octave[..., far_bins(length, 4)].sum(-1)
     low = f"spectral power of the distance profile at 0 < nu <= {near:.2g} cycles/token (boxcar taper); mean over heads"
@@ -79,19 +86,20 @@ def metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...
         ),
         ("log_distance", _mean(arrays["log_distance"]), "octaves", "mean of log2(1 + distance); mean over heads"),
     ]
-    out = tuple(_metric(*one, confidence) for one in found)
-    return out + usage_metrics(arrays, length, confidence) if "usage" in arrays else out
+    out = tuple(metric(*one, confidence) for one in found)
+    return out + usage_metrics(arrays, length, confidence, reach) if "usage" in arrays else out
 
 
-def usage_metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metric, ...]:
-    """What the usage of the rotary pairs says, means over rotating layers and heads."""
+def usage_metrics(arrays: Arrays, length: int, confidence: float, reach: int | None = None) -> tuple[Metric, ...]:
+    """What the usage of the rotary pairs says, means over rotating layers and heads; arguments as for `metrics`."""
+    turned, unit = (length, "tokens") if reach is None else (reach, "positions")
     turning = ~np.isnan(arrays["theta"]).all(axis=1)
     share = usage_share(arrays)[:, turning]
-    entropy = -_pair_sum(share * np.log(np.where(share > 0, share, 1)))
-    low = _pair_sum(np.where(_low(arrays, length)[None, turning, None], share, share * 0))
+    entropy = -pair_sum(share * np.log(np.where(share > 0, share, 1)))
+    low = pair_sum(np.where(_low(arrays, turned)[None, turning, None], share, share * 0))
     found = [
         ("effective_pairs", _mean(np.exp(entropy)), "pairs", "exp of the entropy of usage over pairs; mean over heads"),
-        ("low_pairs_usage", _mean(low), "share", f"usage of pairs that turn less than once in {length:,} tokens"),
+        ("low_pairs_usage", _mean(low), "share", f"usage of pairs that turn less than once in {turned:,} {unit}"),
     ]
     if "concentration" in arrays:
         definition = "|mean| over mean length of the un-rotated query pair: 1 is content-free"
@@ -102,8 +110,8 @@ def usage_metrics(arrays: Arrays, length: int, confidence: float) -> tuple[Metri
     dominant = _dominant(arrays["theta"][turning], share)
     if dominant is not None:
         definition = "wavelength of the pair with the highest usage, mean over layers and heads"
-        found.append(("dominant_wavelength", dominant, "tokens", definition))
-    return tuple(_metric(*one, confidence) for one in found)
+        found.append(("dominant_wavelength", dominant, unit, definition))
+    return tuple(metric(*one, confidence) for one in found)
 
 
 def bands(arrays: Arrays, confidence: float) -> tuple[Band, ...]:
@@ -135,13 +143,13 @@ def _band(
     share = share[:, turning]
     pick = inside[None, turning, None]
     pairs = (~np.isnan(arrays["theta"][turning])).sum(axis=1)
-    usage = _mean(_pair_sum(np.where(pick, share, share * 0)))
+    usage = _mean(pair_sum(np.where(pick, share, share * 0)))
     return Band(
         low=low,
         high=high,
         pairs=float(inside[turning].sum(axis=1).mean()),
         even=float((inside[turning].sum(axis=1) / pairs).mean()),
-        usage=_estimate(usage, confidence, 0.0, 1.0),
+        usage=estimate(usage, confidence, 0.0, 1.0),
     )
 
 
@@ -149,17 +157,17 @@ def _with_utility(band: Band, arrays: Arrays, inside: NDArray[np.bool_], b: int,
     """The band with contribution and utility, means over the layers that have pairs in it."""
     have = inside.any(axis=1)
     part = arrays["contribution"][:, have]
-    contribution = _pair_sum(np.where(inside[None, have, None], part, part * 0))
+    contribution = pair_sum(np.where(inside[None, have, None], part, part * 0))
     utility = _mean(arrays["utility"][:, have, :, b])
     measured = {
-        "contribution": _estimate(_mean(contribution), confidence),
-        "utility": _estimate(utility, confidence, 0.0),
+        "contribution": estimate(_mean(contribution), confidence),
+        "utility": estimate(utility, confidence, 0.0),
         "kind": band_kind(band.usage.value or 0.0, band.even, float(utility.mean())),
     }
     return band.model_copy(update=measured)
 
 
-def _pair_sum(x: NDArray[Any]) -> Floats:
+def pair_sum(x: NDArray[Any]) -> Floats:
     """Sum over pairs; NaN for a head that is not there."""
     return np.where(np.isnan(x).all(axis=-1), np.nan, np.nansum(x, axis=-1))
 
@@ -264,10 +272,10 @@ def head_table(
     return frame
 
 
-def top_heads(table: pd.DataFrame) -> dict[str, tuple[HeadScore, ...]]:
-    """The five highest scores of each kind."""
+def top_heads(table: pd.DataFrame, kinds: Iterable[str] = KINDS) -> dict[str, tuple[HeadScore, ...]]:
+    """The five highest scores of each kind (column)."""
     out = {}
-    for kind in KINDS:
+    for kind in kinds:
         if kind in table:
             best = table.nlargest(_TOP, kind)
             out[kind] = tuple(
@@ -284,10 +292,11 @@ def _kinds(row: pd.Series[Any]) -> list[str]:
     return found
 
 
-def _metric(name: str, per_text: NDArray[Any], unit: str, definition: str, confidence: float) -> Metric:
+def metric(name: str, per_text: NDArray[Any], unit: str, definition: str, confidence: float) -> Metric:
+    """A number from one value a text; unit and definition as they are shown."""
     most = 1.0 if unit in ("share", "0..1") else np.inf
-    estimate = _estimate(per_text, confidence, 0.0, most)
-    return Metric(name=name, unit=unit, definition=definition, **estimate.model_dump())
+    found = estimate(per_text, confidence, 0.0, most)
+    return Metric(name=name, unit=unit, definition=definition, **found.model_dump())
 
 
 def _mean(x: NDArray[Any]) -> Floats:
@@ -312,7 +321,7 @@ def _low(arrays: Arrays, length: int) -> NDArray[np.bool_]:
     return low_band(np.nan_to_num(arrays["theta"]), length)
 
 
-def _estimate(per_text: NDArray[Any], confidence: float, least: float = -np.inf, most: float = np.inf) -> Estimate:
+def estimate(per_text: NDArray[Any], confidence: float, least: float = -np.inf, most: float = np.inf) -> Estimate:
     """Mean and interval, the latter within what is possible; unknown where a text's value is (a distance beyond W)."""
     if not np.isfinite(per_text).all():
         return Estimate(value=None)

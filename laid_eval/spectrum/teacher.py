@@ -40,6 +40,18 @@ def compare_models(
 ) -> LoadedSpectrum:
     """Compare two finished runs, keys included where both models read the same tokens with the same pairs."""
     mixing, why = _mixing(student, teacher, corpus, own.header.settings.length, seed)
+    return _kept(own, theirs, mixing, why, seed)
+
+
+def compare_on_pictures(own: LoadedSpectrum, theirs: LoadedSpectrum, seed: int) -> LoadedSpectrum:
+    """Compare two finished runs on the same haystacks of pictures."""
+    return _kept(own, theirs, None, "on pictures keys are not mixed: give --length to compare them on text", seed)
+
+
+def _kept(
+    own: LoadedSpectrum, theirs: LoadedSpectrum, mixing: Mixing | None, why: str | None, seed: int
+) -> LoadedSpectrum:
+    """The run with its comparison, read back."""
     found = compare_spectra(own, theirs, mixing, seed)
     if found.arrays:
         save_arrays(own.path / COMPARISON, found.arrays)

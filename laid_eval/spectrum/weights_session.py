@@ -28,7 +28,8 @@ from laid_eval.spectra import (
     save_arrays,
     save_spectrum,
 )
-from laid_eval.spectrum.measure import LENGTH, earlier
+from laid_eval.spectrum.measure import LENGTH
+from laid_eval.spectrum.running import earlier
 from laid_eval.spectrum.summary import bands, coverage, usage_metrics
 from laid_eval.spectrum.weights import weight_spectrum
 

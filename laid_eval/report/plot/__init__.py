@@ -2,16 +2,20 @@
 
 from laid_eval.report.plot.causes import save_why, why
 from laid_eval.report.plot.distillations import losses, rope_gain, save_distillation_figures
+from laid_eval.report.plot.picture_spectra import axes, axis_shares, images
 from laid_eval.report.plot.pictures import haystack, save_pictures
 from laid_eval.report.plot.spectra import bands, gain, heads, pairs, save_spectra, transfer, what_if
 from laid_eval.report.plot.windows import depth, save_figures, window
 
 __all__ = [
+    "axes",
+    "axis_shares",
     "bands",
     "depth",
     "gain",
     "haystack",
     "heads",
+    "images",
     "losses",
     "pairs",
     "rope_gain",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from laid_eval.errors import UserError
 from laid_eval.report.plot.axes import CLAIMED, CRITERIA, CURVE, INK, new_axes, octave_axis, save_figure, tokens_text
+from laid_eval.report.plot.picture_spectra import axes, axis_shares, picture_figure
 from laid_eval.spectra import LoadedSpectrum, load_spectrum
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ SCORES = {
     "positional": "positional: most mass at one distance < 9",
     "global": "global: mass from {far} tokens on",
     "retrieval": "retrieval: answer token found in its needle",
+    "needle": "needle: share of attention on pictures that its own has",
     "d50": "half-mass distance",
 }
-_WAVELENGTH = "wavelength of the rotary pair (tokens)"
+_WAVELENGTH = "wavelength of the rotary pair ({})"
 Run = LoadedSpectrum | str | os.PathLike[str]
 
 
@@ -51,7 +53,7 @@ def heads(run: Run, ax: Axes | None = None, score: str = "retrieval") -> Axes:
     if ax is None:
         ax = new_axes((0.32 * grid.shape[1] + 2.2, 0.16 * grid.shape[0] + 1.4))
     values = grid.to_numpy(float)
-    shares = score in ("sink", "local", "positional", "global", "retrieval")
+    shares = score in ("sink", "local", "positional", "global", "retrieval", "needle")
     spread: dict[str, Any] = {"vmin": 0, "vmax": 1} if shares else {}
     if score in ("d50", "d90") and np.isfinite(values).any():
         values = np.maximum(values, 1)
@@ -98,12 +100,15 @@ def pairs(run: Run, ax: Axes | None = None) -> Axes:
         ax.plot(wavelength, layers.mean(axis=0), color=colour, lw=1.5, marker="o", ms=3.5, label=name)
         ax.axhline(1 / len(value), color=INK, lw=0.8, ls=(0, (1, 2)), label=f"even share (1/{len(value)})")
     header = loaded.header
-    n, claimed = header.settings.length, header.model.claimed_length
+    claimed = header.model.claimed_length
+    n, unit = header.settings.length, "tokens"
+    if header.pictures:
+        n, unit = header.pictures.audit.positions, "positions"
     ax.axvline(n, color=INK, lw=1, label=f"measured length ({n:,})")
     if claimed and claimed != n:
         ax.axvline(claimed, color=CLAIMED, lw=1.2, ls="--", label=f"claimed length ({claimed:,})")
     ax.set_xscale("log", base=2)  # its margins decide how far the ticks go
-    octave_axis(ax, 3, ax.get_xlim()[1], _WAVELENGTH)
+    octave_axis(ax, 3, ax.get_xlim()[1], _WAVELENGTH.format(unit))
     ax.set_ylim(bottom=0)
     what = "share of usage, mean |q| x mean |k|"
     ax.set_ylabel(what if header.settings.texts else "share of amplitude by the weights alone")
@@ -205,8 +210,10 @@ def gain(run: Run, ax: Axes | None = None) -> Axes:
         ax.fill_between(wavelength, low, high, color=colour, alpha=0.18, lw=0, label="middle half of the layers")
         ax.plot(wavelength, median, color=colour, lw=1.8, marker="o", ms=3.5, label=label)
     ax.axhline(0, color=INK, lw=0.8)
-    ax.axvline(loaded.header.settings.length, color=INK, lw=1, ls=":", label="measured length")
-    octave_axis(ax, 3, longest, _WAVELENGTH)
+    pictures = loaded.header.pictures
+    n = pictures.audit.positions if pictures else loaded.header.settings.length
+    ax.axvline(n, color=INK, lw=1, ls=":", label="measured length")
+    octave_axis(ax, 3, longest, _WAVELENGTH.format("positions" if loaded.header.pictures else "tokens"))
     ax.set_ylabel("usage, student over teacher (dB)")
     teacher = loaded.header.teacher.name if loaded.header.teacher else "teacher"
     ax.set_title(f"{loaded.header.model.name} against {teacher}", loc="left", fontsize=11)
@@ -276,6 +283,14 @@ def save_spectra(run: LoadedSpectrum) -> list[Path]:
         if header.settings.texts:
             bands(run, ax=figure.add_subplot(2, 1, 2))
         save("pairs", figure)
+    if header.pictures:
+        save("images", picture_figure(run))
+        if header.pictures.axes:
+            figure = Figure(figsize=(7.2, 6.6), layout="constrained")
+            upper, lower = figure.subplots(2, 1, height_ratios=(2, 1))
+            axes(run, ax=upper)
+            axis_shares(run, ax=lower)
+            save("axes", figure)
     if header.what_if:
         figure = Figure(figsize=(7.2, 3.4 * len(header.what_if)), layout="constrained")
         for k, tried in enumerate(header.what_if):
