@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from laid_eval.cli import distill, lists, spectrum, window
+from laid_eval.cli import distill, gate, lists, spectrum, window
 from laid_eval.cli.console import fail
 from laid_eval.errors import UserError
 
@@ -64,6 +64,7 @@ def _root(
 app.command(epilog=window.EPILOG)(window.window)
 app.command(epilog=spectrum.EPILOG)(spectrum.spectrum)
 app.command(epilog=distill.EPILOG)(distill.distill)
+app.command(epilog=gate.EPILOG)(gate.gate)
 app.command()(lists.models)
 app.command()(lists.probes)
 app.command()(lists.recipes)

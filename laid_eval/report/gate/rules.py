@@ -138,12 +138,9 @@ def read_rules(path: Path) -> Declared:
     Raises:
         UserError: It can't be read, has no such table, or an unknown key.
     """
-    document = read_declaration(path, f"Rules file '{path}'")
-    where, table = "[gate]", document.get("gate")
-    if path.name == "pyproject.toml":
-        where, table = "[tool.laid-eval.gate]", document.get("tool", {}).get("laid-eval", {}).get("gate")
+    where, table = _table(path)
     if not isinstance(table, dict):
-        raise UserError(f"Rules file '{path}' has no table {where}. It reads like: {where} rules = [\"{_first()}\"]")
+        raise UserError(f"Rules file '{path}' has no table {where}; it reads like: {where} rules = [\"{_first()}\"]")
     try:
         return Declared.model_validate(table)
     except ValidationError as error:
@@ -152,6 +149,19 @@ def read_rules(path: Path) -> Declared:
         hint = nearest(key, Declared.model_fields) if first["type"] == "extra_forbidden" else ""
         allowed = ", ".join(Declared.model_fields)
         raise UserError(f"Rules file '{path}', {where}: {key!r}: {first['msg']}{hint}. Keys: {allowed}.") from None
+
+
+def has_rules(path: Path) -> bool:
+    """Whether a project declares rules of its own."""
+    return path.is_file() and _table(path)[1] is not None
+
+
+def _table(path: Path) -> tuple[str, Any]:
+    """What the table is called in such a file, and the table."""
+    document = read_declaration(path, f"Rules file '{path}'")
+    if path.name != "pyproject.toml":
+        return "[gate]", document.get("gate")
+    return "[tool.laid-eval.gate]", document.get("tool", {}).get("laid-eval", {}).get("gate")
 
 
 def _first() -> str:

@@ -54,7 +54,7 @@ def betting_p(x: Floats, least: float, most: float, mean: float, above: bool) ->
     """
     gains = (x - mean if above else mean - x)[:, None]
     room = mean - least if above else most - mean  # the most that one value can lose
-    if room <= 0:
-        return 1.0
+    if room <= 0:  # the null leaves one value possible
+        return 0.0 if gains.any() else 1.0
     log = np.log1p(_BETS / room * gains).sum(axis=0)
     return float(min(1.0, np.exp(-logsumexp(log) + np.log(len(_BETS)))))

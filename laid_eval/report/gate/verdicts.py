@@ -164,11 +164,7 @@ def _sentence(rule: Rule, e: Evidence, outcome: Outcome, limit: float, more: tup
         seen += f", from {e.baseline} to {e.run}"
     kept, broken = ("at least", "less than") if rule.relation == ">=" else ("at most", "more than")
     asked = f"{limit:,.10g} {e.unit}".rstrip()
-    words = {
-        "pass": f"{kept} {asked}",
-        "fail": f"{broken} {asked}",
-        "inconclusive": f"not settled whether {kept} {asked}",
-    }
+    words = {"pass": kept, "fail": broken, "inconclusive": f"not settled whether {kept}"}
     out = f"{seen}: {words[outcome]} {asked}"
     if outcome != "inconclusive":
         return out
@@ -184,15 +180,23 @@ def _sentence(rule: Rule, e: Evidence, outcome: Outcome, limit: float, more: tup
 
 
 def figure(value: float | None, low: float | None, high: float | None, unit: str) -> str:
-    """`0.21 octaves [0.05, 0.37]`; an open end as `...`."""
-    digits = ",.2f" if unit == "octaves" else ",.1f" if unit == "points" else ",.4g"
-    if unit in ("tokens", "images", "seconds", "bytes"):
-        digits = ",.0f"
-    shown = "an unknown number of" if value is None else f"{value:{digits}}"
-    if (low, high) == (value, value):
-        return f"{shown} {unit}".rstrip()
-    ends = ["..." if end is None else f"{end:{digits}}" for end in (low, high)]
-    return f"{shown} {unit} [{ends[0]}, {ends[1]}]".replace("  ", " ")
+    """`0.21 octaves [0.05, 0.37]`; open ends as `...`, no interval for a plain count."""
+    shown = f"{number(value, unit)} {unit}".rstrip()
+    return shown if (low, high) == (value, value) else f"{shown} {ends(low, high, unit)}"
+
+
+def number(value: float | None, unit: str) -> str:
+    """A figure with as many digits as its unit deserves."""
+    if value is None:
+        return "unknown"
+    digits = {"octaves": ",.2f", "points": ",.1f"}.get(unit, ",.4g")
+    return f"{value:,.0f}" if unit in ("tokens", "images", "seconds", "bytes") else f"{value:{digits}}"
+
+
+def ends(low: float | None, high: float | None, unit: str) -> str:
+    """`[0.05, 0.37]`; an open end as `...`."""
+    shown = ["..." if end is None else number(end, unit) for end in (low, high)]
+    return f"[{shown[0]}, {shown[1]}]"
 
 
 def _together(outcomes: Sequence[Outcome]) -> Outcome:
