@@ -14,6 +14,7 @@ from laid_eval.runs import HEADER, LoadedRun, load_run, read_header
 from laid_eval.scores import LoadedScores, load_scores
 from laid_eval.spectra import LoadedSpectrum, load_spectrum
 
+Place = str | os.PathLike[str] | LoadedRun
 _FREE = {
     "window": {
         *("probes", "probe_hashes", "haystack", "criterion", "confidence", "precision", "budget", "max_trials", "chunk")
@@ -49,13 +50,15 @@ _LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 
 
-def load_measured(path: str | os.PathLike[str]) -> Measured:
+def load_measured(place: Place) -> Measured:
     """Read a run folder, or a folder of run folders.
 
     Raises:
         UserError: No run in it, one that is damaged or no measurement, or two of one command.
     """
-    folder = Path(path)
+    if isinstance(place, LoadedRun):
+        return Measured(place.path, window=place)
+    folder = Path(place)
     folders = [folder]
     if not (folder / HEADER).is_file() and folder.is_dir():
         folders = sorted(f.parent for f in folder.glob(f"*/{HEADER}")) or folders
@@ -121,14 +124,15 @@ def check_comparable(run: Any, baseline: Any, rule: Rule) -> None:
 
 def _decisive(run: Any, rule: Rule) -> dict[str, Any]:
     settings = run.settings if isinstance(run, LoadedScores) else run.header.settings.model_dump()
-    kept = {f"settings.{k}": v for k, v in sorted(settings.items()) if k not in _FREE[rule.subject]}
+    kept: dict[str, Any] = {}
     if rule.subject == "window":
         asked = run.header.settings
+        kept["probe"] = rule.name if rule.name in asked.probes else ", ".join(asked.probes)
         kept[f"settings.probe_hashes.{rule.name}"] = asked.probe_hashes.get(rule.name)
         kept["image"] = run.header.image and run.header.image.model_dump()
         if rule.criterion is None:
             kept["settings.criterion"] = asked.criterion
-    return kept
+    return kept | {f"settings.{k}": v for k, v in sorted(settings.items()) if k not in _FREE[rule.subject]}
 
 
 def _short(value: Any) -> str:

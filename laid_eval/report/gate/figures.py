@@ -6,6 +6,7 @@ from scipy.stats import t as student
 
 from laid_eval.errors import UserError, nearest
 from laid_eval.records import Cost
+from laid_eval.report.gate.comparable import check_comparable
 from laid_eval.report.gate.evidence import Evidence, Look
 from laid_eval.report.gate.rules import Rule
 from laid_eval.spectra import Compared, LoadedSpectrum, Metric
@@ -66,6 +67,7 @@ def _figure(run: LoadedSpectrum, baseline: LoadedSpectrum | None, rule: Rule) ->
         return own[name]
     measures = {m.name: m for m in run.header.comparison}
     if not measures and baseline is not None:
+        check_comparable(run, baseline, rule)
         measures = {m.name: m for m in compare_spectra(run, baseline).measures}
     if name in measures:
         return measures[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,13 +9,11 @@ import numpy as np
 from laid_eval.errors import UserError
 from laid_eval.records import Gate, Outcome, Verdict
 from laid_eval.report.gate import figures, scores, windows
-from laid_eval.report.gate.comparable import Measured, check_comparable, check_finished, load_measured, pick
+from laid_eval.report.gate.comparable import Measured, Place, check_comparable, check_finished, load_measured, pick
 from laid_eval.report.gate.evidence import Evidence, Look
 from laid_eval.report.gate.rules import Rule, expand, parse_rule
 from laid_eval.report.gate.sequential import FEWEST
 from laid_eval.runs import LoadedRun
-
-Place = str | os.PathLike[str]
 
 
 def gate(
@@ -30,7 +27,7 @@ def gate(
     """Hold a run against rules.
 
     Args:
-        run: Run folder, or a folder with one run of each command in its subfolders.
+        run: A window run, a run folder, or a folder with one run of each command in its subfolders.
         baseline: The same of the run to compare with; needed by rules on a drop.
         rules: Such as `window.needle >= 8000`, `window.* drop <= 0.25 octave`, `score.laid_needle drop <= 2 points`.
         alpha: Highest probability of a false alarm (all rules together), and of passing a broken rule.
@@ -47,14 +44,14 @@ def gate(
     if not rules:
         raise UserError("No rules. Pass one, e.g. --rule 'window.* drop <= 0.25 octave', or a file with --rules.")
     asked = [parse_rule(text) for text in rules]
-    before = load_measured(baseline) if baseline is not None else None
-    verdicts = judge(load_measured(run), before, asked, Look(alpha, sequential))
+    measured, before = load_measured(run), load_measured(baseline) if baseline is not None else None
+    verdicts = judge(measured, before, asked, Look(alpha, sequential))
     return Gate(
         outcome=_together([v.outcome for v in verdicts]),
         alpha=alpha,
         sequential=sequential,
-        run=str(run),
-        baseline=None if baseline is None else str(baseline),
+        run=str(measured.path),
+        baseline=str(before.path) if before else None,
         verdicts=verdicts,
     )
 
@@ -73,7 +70,7 @@ def assert_window(
     """Assert, in a test, that the window of a run is at least so long.
 
     Args:
-        run: Run folder.
+        run: A window run as `measure_window` returns it, or its folder.
         at_least: Tokens or images.
         probe: Whose window; all of the run by default.
         criterion: E.g. `half`; the run's own by default.

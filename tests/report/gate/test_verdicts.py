@@ -52,7 +52,7 @@ def test_holm_agrees_with_its_definition_step_by_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"seed": 1}}, "settings.seed is 1 in .* and 0 in the baseline"),
+        ({"settings": {"probes": ["needle", "extra"], "seed": 1}}, "settings.seed is 1 in .* and 0 in the baseline"),
         ({"settings": {"probe_hashes": {"needle": "new"}}}, "settings.probe_hashes.needle is 'new'"),
         ({"settings": {"max_length": 32768}}, "settings.max_length is 32768"),
         ({"settings": {"haystack_hash": "other"}}, "settings.haystack_hash is 'other'"),
@@ -168,6 +168,7 @@ def test_spectra_are_held_against_limits_by_their_interval_over_texts(tmp_path):
 
 def test_assert_window_is_for_tests_of_others(planted):
     assert assert_window(planted / "base", at_least=1000, probe="needle").outcome == "pass"
+    assert assert_window(laid_eval.load_run(planted / "base"), at_least=1000).run == str(planted / "base")
     with pytest.raises(AssertionError, match=r"window.needle is .* less than 9,000 tokens"):
         assert_window(planted / "base", at_least=9000)
     with pytest.raises(AssertionError, match=r"not settled whether at least 3,700 tokens.* more haystacks"):
