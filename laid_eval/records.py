@@ -17,6 +17,7 @@ SCHEMA_VERSION = 1
 Unit = Literal["tokens", "images"]
 Censored = Literal["no", "above", "below"]
 Status = Literal["partial", "complete", "failed"]
+Outcome = Literal["pass", "fail", "inconclusive"]
 
 
 class Record(BaseModel):
@@ -323,3 +324,76 @@ class Run(Record):
                 return w
         held = ", ".join(f"{w.probe} ({w.criterion})" for w in self.windows) or "none"
         raise UserError(f"The run holds no window of probe {probe!r} under criterion {wanted!r}; it holds: {held}.")
+
+
+class Metric(Record):
+    """The score of a model in one task of a benchmark."""
+
+    task: str
+    metric: str
+    """As lm-eval names it, e.g. `acc`."""
+    value: float
+    """0..1, higher is better."""
+    stderr: float | None = None
+    """`None`: not known."""
+    samples: int | None = None
+
+
+class Sample(Record):
+    """The score of one document of a task; the same documents of two runs are pairs."""
+
+    task: str
+    doc_id: str
+    score: float | None
+    """0..1; `None` where the request failed."""
+    cluster: str | None = None
+    """Documents on one haystack or picture are one cluster; `None`: on its own."""
+    prompt_hash: str | None = None
+
+
+class Verdict(Record):
+    """What became of one rule of the gate."""
+
+    rule: str
+    outcome: Outcome
+    sentence: str
+    """The verdict in words: what was compared, with its interval, and what would settle it."""
+    run: str
+    """The figure of the run, with its unit and interval."""
+    baseline: str | None = None
+    """The same of the baseline; `None` where the rule needs none."""
+    change: float | None = None
+    """What is held against the limit: the drop (positive is worse), or the figure itself; `None`: censored, unknown."""
+    low: float | None = None
+    """Lower end of its interval; `None`: open."""
+    high: float | None = None
+    unit: str
+    limit: float
+    confidence: float
+    """Of the interval: 1 - 2 alpha, so that each end is right with 1 - alpha."""
+    p_fail: float
+    """Of the test that the rule is broken, corrected for the number of rules (Holm)."""
+    p_pass: float
+    """Of the test that the rule holds; uncorrected, since the gate passes only if every rule does."""
+    clusters: int | None = None
+    """Haystacks (documents, texts) behind it."""
+    pairs: int | None = None
+    """Questions that both runs were asked; `None` where nothing is paired."""
+    more_clusters: int | None = None
+    """Inconclusive: further haystacks (documents) that settle it with 80% probability if the change is as seen."""
+    more_questions: int | None = None
+    method: str
+
+
+class Gate(Record):
+    """A run held against rules."""
+
+    outcome: Outcome
+    """`fail` if a rule fails, `pass` if all pass, else `inconclusive`."""
+    alpha: float
+    """Highest probability of a false alarm, all rules together, and of passing a rule that is broken."""
+    sequential: bool
+    """Whether this holds however often one looks while the run grows."""
+    run: str
+    baseline: str | None
+    verdicts: tuple[Verdict, ...]

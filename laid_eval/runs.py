@@ -116,7 +116,9 @@ def load_header(folder: Path) -> Run:
         UserError: No run folder, a damaged header, or one from a newer version of the program.
     """
     document = read_header(folder, f"Its trials are in {TRIALS}; restore the header from a copy, or measure")
-    other = {"spectrum": "load_spectrum", "distill": "load_distillation"}.get(str(document.get("command")))
+    other = {"spectrum": "load_spectrum", "distill": "load_distillation", "bench": "load_scores"}.get(
+        str(document.get("command"))
+    )
     if other:
         raise UserError(f"'{folder}' is a {document['command']} run, not a window; read it with laid_eval.{other}.")
     return validated(Run, document, folder)

@@ -18,7 +18,7 @@ LAYERS = [
     {"report", "distillation", "serving"},
     {"cli", "__main__"},
 ]
-LEAVES = {"distillations", "records", "runs", "errors", "resources", "environment", "spectra"}
+LEAVES = {"distillations", "records", "runs", "errors", "resources", "environment", "scores", "spectra"}
 
 
 def _imports(path):

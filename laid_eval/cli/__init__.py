@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from laid_eval.cli import distill, lists, serve, spectrum, window
+from laid_eval.cli import distill, gate, lists, serve, spectrum, window
 from laid_eval.cli.console import fail
 from laid_eval.errors import UserError
 
@@ -67,6 +67,7 @@ app.command(epilog=distill.EPILOG)(distill.distill)
 app.command(epilog=serve.EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     serve.serve
 )
+app.command(epilog=gate.EPILOG)(gate.gate)
 app.command()(lists.models)
 app.command()(lists.probes)
 app.command()(lists.recipes)
