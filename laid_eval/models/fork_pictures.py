@@ -66,7 +66,7 @@ class ForkedPictures(ForkedText):
 
     @torch.inference_mode()
     def _read(self, piece: Piece) -> None:
-        positions = _positions(self.model, piece)
+        positions = picture_positions(self.model, piece)
         inputs = _on(self.model, piece)
         if positions is not None:
             positions = positions + self.position
@@ -95,7 +95,7 @@ class WholePictures:
     @property
     def position(self) -> int:
         """RoPE position of what comes next."""
-        positions = _positions(self.model, self._shown()) if self._pictures else None
+        positions = picture_positions(self.model, self._shown()) if self._pictures else None
         return self.length if positions is None else len(self._opening) + int(positions.max()) + 1
 
     def show(self, picture: Image) -> None:
@@ -145,8 +145,11 @@ def _on(model: PreTrainedModel, piece: Piece) -> dict[str, Tensor]:
     }
 
 
-def _positions(model: PreTrainedModel, piece: Piece) -> Tensor | None:
-    """(axes, 1, n) positions of a piece that stands at the start; `None` where they are its slots."""
+def picture_positions(model: PreTrainedModel, piece: Piece) -> Tensor | None:
+    """(axes, 1, n) positions of a piece that stands at the start; `None` where they are its slots.
+
+    Needs the model's configuration alone, no weights.
+    """
     find = getattr(model.base_model, "get_rope_index", None)
     if find is None:
         return None
