@@ -130,6 +130,8 @@ def distill(
     prepare_shards(plan.training.precision)
     device = own_device(device)
     probe = visual_probe(plan.data)
+    if probe and sharding_asked():
+        raise UserError("FSDP is not supported for models that see. Leave it out of accelerate's configuration.")
     options = (device, trust_remote_code, allow_pickle, plan.data)
     own = find_side("student", student, revision, "float32", *options)
     theirs = None

@@ -10,10 +10,10 @@ from transformers import AutoProcessor
 
 from laid_eval import UserError
 from laid_eval.distillation import picture_samples
+from laid_eval.distillation.batches import Batch, Numbered, padded
 from laid_eval.distillation.picture_samples import open_pictures, places_of, visual_probe
 from laid_eval.distillation.recipe import Data
 from laid_eval.distillation.sides import find_side
-from laid_eval.distillation.batches import Batch, Numbered, padded
 from laid_eval.models.cost import empty_model
 from laid_eval.models.picture_frame import picture_frame
 from laid_eval.models.source import quiet

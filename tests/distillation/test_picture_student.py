@@ -222,7 +222,9 @@ def load(changes):
 
 
 def test_vision_inputs_are_in_the_type_of_the_model():
-    given = like({"pixel_values": torch.ones(2), "grid": torch.ones(2, dtype=torch.long), "k": 3}, torch.zeros(1).half())
+    given = like(
+        {"pixel_values": torch.ones(2), "grid": torch.ones(2, dtype=torch.long), "k": 3}, torch.zeros(1).half()
+    )
     assert given["pixel_values"].dtype == torch.float16
     assert given["grid"].dtype == torch.long
     assert given["k"] == 3
