@@ -130,8 +130,6 @@ def distill(
     prepare_shards(plan.training.precision)
     device = own_device(device)
     probe = visual_probe(plan.data)
-    if probe and sharding_asked():
-        raise UserError("FSDP is not supported for models that see. Leave it out of accelerate's configuration.")
     options = (device, trust_remote_code, allow_pickle, plan.data)
     own = find_side("student", student, revision, "float32", *options)
     theirs = None
@@ -145,8 +143,11 @@ def distill(
         return load_distillation(folder)
     check_room(folder, plan, own)
     progress(Report(folder, "loading models"))
-    notes = (f"recipe {plan.name!r} looks at no teacher: {teacher!r} was not used",) if teacher and not theirs else ()
-    job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress, notes)
+    notes = [f"recipe {plan.name!r} looks at no teacher: {teacher!r} was not used"] if teacher and not theirs else []
+    notes += (
+        ["the vision side is frozen: the language side trains"] if probe and plan.training.vision == "frozen" else []
+    )
+    job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress, tuple(notes))
     return job.carry_out(run)
 
 

@@ -200,10 +200,3 @@ def test_what_does_not_fit_together_is_told(seeing, models, few, tmp_path, tiny_
         with pytest.raises(UserError, match=says):
             laid_eval.distill(own, theirs, "laid", out=tmp_path / "x", changes=changes, device="cpu")
     assert not (tmp_path / "x").exists()
-
-
-def test_shards_are_refused(seeing, few, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match="FSDP is not supported for models that see"):
-        run(seeing, tmp_path / "run", few)
