@@ -40,6 +40,9 @@ EPILOG = """
 
 `laid-eval distill --student smollm2 --recipe sft --set data.source=mine.jsonl --set training.steps=500`
 
+`laid-eval distill --teacher org/large-vl --student org/small-vl --set data.source=visual-which --set
+'data.images=[2, 20]'`  on pictures; haystacks of 2 to 20 images
+
 `accelerate launch --num_processes 8 -m laid_eval distill ...`  several accelerators, the same options
 """
 

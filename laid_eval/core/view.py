@@ -89,7 +89,9 @@ def rope_distance(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def image_distance(rows: Tensor, images: Tensor) -> Tensor:
-    """(R, N) images between rows (R,) and keys, from the number of images begun up to each token (N,).
+    """(R, N) images from rows (R,) back to keys, from the number of the image each token (N,) belongs to.
+
+    With what comes after the last image counted as one more, that image lies one back.
 
     >>> image_distance(torch.tensor([3]), torch.tensor([0, 1, 1, 2])).tolist()
     [[2, 1, 1, 0]]

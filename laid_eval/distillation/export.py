@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from laid_eval.core import RopeGain
+from laid_eval.distillation.batches import like
 from laid_eval.distillation.train import write_failure
 from laid_eval.distillations import DECIBEL, GAINS, LayerGains
 from laid_eval.errors import UserError
@@ -57,10 +64,10 @@ def save_gains(folder: Path, gains: dict[int, RopeGain], rotaries: Sequence[Rota
 
 def export(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    words: PreTrainedTokenizerBase | ProcessorMixin,
     folder: Path,
     dtype: torch.dtype,
-    ids: Sequence[int],
+    prompt: Mapping[str, Any],
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write an ordinary checkpoint into `folder`, load it with plain transformers, and compare.
@@ -69,10 +76,10 @@ def export(
 
     Args:
         model: Without gains and adapters.
-        tokenizer: Of the student.
+        words: Tokenizer of the student, or its processor if it sees.
         folder: Of the run.
         dtype: Of the checkpoint.
-        ids: A text to compare on.
+        prompt: Arguments of the model to compare on, from `prompt_of`.
         trust_remote_code: The model's code came with it.
 
     Returns:
@@ -87,7 +94,7 @@ def export(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".exporting-") as made, quiet():
             _cast(model, dtype)
             model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
+            words.save_pretrained(made)
             names = sorted(os.listdir(made), key=lambda name: name == "config.json")
             for name in names:
                 publish(Path(made) / name, folder / name)
@@ -98,11 +105,12 @@ def export(
             "room and give the same command again."
         ) from None
     with quiet(), torch.no_grad():
-        text = torch.tensor([list(ids)], device=model.device)
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        again = again.to(model.device).eval()  # type: ignore[arg-type]
+        maker: Any = AutoModelForImageTextToText if isinstance(words, ProcessorMixin) else AutoModelForCausalLM
+        again = maker.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        again = again.to(model.device).eval()
         model.eval()
-        found, expected = (m(text, use_cache=False).logits[0].float().log_softmax(dim=-1) for m in (again, model))
+        given = like(dict(prompt), next(model.parameters()))
+        found, expected = (m(**given, use_cache=False).logits[0].float().log_softmax(dim=-1) for m in (again, model))
     _cast(model, own)
     difference = float((found - expected).abs().max())
     if not difference <= _BOUND.get(dtype, _LOOSE):
@@ -113,7 +121,7 @@ def export(
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "largest_difference": difference,
-        "tokens": len(ids),
+        "tokens": len(found),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_eval.distillation.processes import processes
-from laid_eval.distillation.recipe import Recipe
+from laid_eval.distillation.recipe import Recipe, parse_recipe
 from laid_eval.distillation.samples import Source
 from laid_eval.distillation.shards import sharding_asked
 from laid_eval.distillation.sides import Side
@@ -30,11 +30,12 @@ def resumable(
             raise UserError(f"'{folder}' is not empty and holds no distillation. Give --out a new folder.")
         return None
     earlier = load_distillation(folder).header
+    then = parse_recipe(earlier.recipe, f"The run in '{folder}'")  # fields that came later have their defaults
     pairs = [
         ("student", earlier.student.fingerprint, own.described.info.fingerprint),
         ("teacher", earlier.teacher and earlier.teacher.fingerprint, theirs and theirs.described.info.fingerprint),
         ("the teacher's dtype", earlier.teacher and earlier.teacher.dtype, theirs and theirs.described.info.dtype),
-        *_fields(earlier.recipe, recipe.model_dump(mode="json")),
+        *_fields(then.model_dump(mode="json"), recipe.model_dump(mode="json")),
         ("data", earlier.data, source.name),
         ("seed", earlier.seed, seed),
         ("processes", earlier.processes, processes()),

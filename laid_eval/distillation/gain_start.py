@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from laid_eval.core import RopeGain
 from laid_eval.core.gain import LIMIT
-from laid_eval.distillation.student import Batch, Pair, read
+from laid_eval.distillation.batches import Batch
+from laid_eval.distillation.student import Pair, read
 from laid_eval.errors import UserError
 from laid_eval.models.gained import gains_of
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laid_eval.core import HeadMixer, head_similarity
+from laid_eval.distillation.batches import batch_of
+from laid_eval.distillation.picture_heads import picture_retrieval
 from laid_eval.distillation.prose import training_corpus
 from laid_eval.distillation.recipe import Matching, Recipe
 from laid_eval.distillation.samples import Sample, training_probe
-from laid_eval.distillation.student import Batch, Pair, read, some_heads, view_of
+from laid_eval.distillation.student import Pair, read, some_heads, view_of
 from laid_eval.errors import UserError
 from laid_eval.models.frame import Frame
 from laid_eval.models.gained import attention_modules, channels
@@ -35,6 +37,7 @@ def choose_pairs(
     theirs: Sequence[Rotary | None],
     frames: tuple[Frame, Frame],
     seed: int,
+    haystacks: Sequence[Sample] = (),
 ) -> list[Pair]:
     """The pairs a recipe asks for.
 
@@ -46,16 +49,21 @@ def choose_pairs(
         theirs: The teacher's.
         frames: Of both tokenizers.
         seed: Of the texts that tell which heads retrieve.
+        haystacks: Of pictures, as long as they get: these tell it of models that see.
 
     Raises:
         UserError: A layer that is not there, or that sees only a sliding window; layers that can't be compared as the
             recipe asks; a model on which it can't be said what retrieves.
     """
-    how, longest = recipe.matching, recipe.data.lengths[1]
+    how = recipe.matching
+    longest = max((len(sample.tokens) for sample in haystacks), default=recipe.data.lengths[1])
     whole = [_whole_layers(model, longest, len(side)) for model, side in ((student, own), (teacher, theirs))]
     scores: list[NDArray[np.float64]] = []
     if "retrieval" in (how.layers, how.heads):
-        scores = [_retrieval(model, frame, seed) for model, frame in zip((student, teacher), frames, strict=True)]
+        scores = [
+            picture_retrieval(model, haystacks) if haystacks else _retrieval(model, frame, seed)
+            for model, frame in zip((student, teacher), frames, strict=True)
+        ]
     pairs = []
     alike = recipe.losses.qk > 0 or (recipe.gain is not None and recipe.gain.start == "queries")
     for a, b in _layers(how, len(own), len(theirs), scores, whole):
@@ -113,16 +121,6 @@ def start_mixers(
         )
         mixers.append(HeadMixer(a, b, similarity=similarity.cpu()))
     return mixers
-
-
-def batch_of(sample: Sample, device: torch.device) -> Batch:
-    """One text as a batch."""
-    ids = torch.tensor([sample.tokens], device=device)
-    labels = torch.full_like(ids, -100)
-    at = torch.tensor(sample.labels, dtype=torch.long, device=device)
-    labels[0, at] = ids[0, at]
-    positions = torch.as_tensor(sample.positions, device=device)[None]
-    return Batch(ids, torch.ones_like(ids), positions, labels, torch.zeros(1, dtype=torch.long, device=device))
 
 
 def _layers(

@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, lt=10)]
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=16)]
+MOST_IMAGES = 1000
 
 
 class Part(BaseModel):
@@ -60,8 +61,9 @@ class Matching(Part):
     """Most rows of answers, and of others."""
     mixture: Literal["similarity", "uniform", "same"] = "similarity"
     """Start of the learned mixture of teacher heads, or head to head (`same`, nothing learned)."""
-    distance: Literal["index", "rope"] = "index"
-    """Tokens between (dilution), or rotary positions (what RoPE sees)."""
+    distance: Literal["auto", "index", "rope", "image"] = "auto"
+    """Tokens between (dilution), rotary positions (what RoPE sees), or pictures: how many back; the question's own
+    words are at 0. `auto`: pictures where there are some, else tokens."""
     kappa: Annotated[float, Field(ge=0, le=1)] = 0.5
     """How much of the teacher's mass is dropped from an octave's weight."""
     gamma: Annotated[float, Field(ge=0, le=4)] = 1.0
@@ -70,7 +72,7 @@ class Matching(Part):
     ramp: tuple[float, float] = (0.05, 0.8)
     """Shares of the training at which the weight of distance begins and ends to grow."""
     sinks: Annotated[int, Field(ge=0)] = 4
-    """First tokens kept apart from the octaves."""
+    """First tokens kept apart from the octaves; where pictures are counted, all before the first one."""
 
     @model_validator(mode="after")
     def _check(self) -> Matching:
@@ -96,20 +98,27 @@ class Data(Part):
     """What is read in training."""
 
     source: str = "facts"
-    """A bundled training probe, a probe file (.toml), `prose`, or a file of conversations or texts (.jsonl)."""
+    """A bundled training probe, a probe file (.toml), `prose`, or a file of conversations or texts (.jsonl). For
+    models that see: a visual probe; its haystacks are drawn from numbers that no evaluation uses."""
     lengths: tuple[Length, Length] = (256, 1024)
     """Shortest and longest text, tokens, drawn uniformly in octaves (generated data); longer ones of a file are left
     out, and counted."""
+    images: tuple[Count, Count] | None = None
+    """Fewest and most pictures of a haystack, drawn uniformly in octaves (visual probes, and only they)."""
     questions: Count = 4
-    """Most questions asked after each text, one after the other (probes)."""
+    """Most questions asked after each text, one after the other (probes); after pictures each by itself, as in
+    evaluation."""
     stretch: Count | None = None
-    """Positions are stretched by random gaps, up to this one; `None`: positions are slots."""
+    """Positions are stretched by random gaps, up to this one; pictures move whole. `None`: as the model has them."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:
         if self.lengths[0] > self.lengths[1]:
             raise ValueError("`lengths` must be [shortest, longest]")
-        if self.stretch is not None and self.stretch < self.lengths[1]:
+        if self.images is not None:
+            if not self.images[0] <= self.images[1] <= MOST_IMAGES:
+                raise ValueError(f"`images` must be [fewest, most], at most {MOST_IMAGES:,}")
+        elif self.stretch is not None and self.stretch < self.lengths[1]:
             raise ValueError(f"`stretch` {self.stretch} is below the longest text, {self.lengths[1]} tokens")
         return self
 
@@ -119,6 +128,8 @@ class Training(Part):
 
     weights: Literal["all", "lora", "none"] = "all"
     """What trains beside gains and mixtures."""
+    vision: Literal["frozen", "trained"] = "frozen"
+    """All of a model that sees but its language model: the paper trains the language side alone."""
     lora_rank: Count = 8
     steps: Count = 200
     """Of the optimiser."""
@@ -147,6 +158,8 @@ class Training(Part):
     """Steps between quick estimates of the effective window; `None`: none."""
     window_length: Annotated[int, Field(ge=512)] = 2048
     """Longest context of these, tokens."""
+    window_images: Annotated[int, Field(ge=8)] = 40
+    """The same of models that see, pictures."""
 
 
 class Recipe(Part):
@@ -178,6 +191,10 @@ class Recipe(Part):
             raise ValueError('`gain.start` is "queries", but no attention is matched: there are no pairs of layers')
         if self.gain and self.gain.layers == "matched" and not self.matches:
             raise ValueError('`gain.layers` is "matched", but no attention is matched')
+        if self.matching.distance == "image" and self.data.images is None:
+            raise ValueError('`matching.distance` is "image", but `data.images` is not given: nothing shows pictures')
+        if self.training.batch > 1 and self.data.images is not None:
+            raise ValueError("`training.batch` must be 1 with pictures; set `training.accumulation` instead")
         if self.training.weights == "none" and self.gain is None:
             raise ValueError('`training.weights` is "none" and there is no [gain]: nothing would be trained')
         return self

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from laid_eval.distillation.prose import check_disjoint, evaluation_facts, training_corpus
 from laid_eval.distillation.recipe import Data
@@ -32,16 +33,31 @@ _TOKENS_A_FACT = 48  # at most one fact in so many tokens, or there is no haysta
 _MARK, _NEXT = "@@FIRST@@", "@@NEXT@@"
 
 
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a sample shows, and where it stands among the tokens."""
+
+    inputs: dict[str, Tensor]
+    """`pixel_values` and whatever else the model's vision side is given."""
+    places: NDArray[np.int64]
+    """(N,) picture that a token belongs to, counted from 1; 0 before the first, one more than there are: questions."""
+    branches: NDArray[np.int64]
+    """(N,) number of the question that a token belongs to, counted from 1; 0: of what all of them see."""
+    needles: tuple[int, ...]
+    """Picture that tells each label, as in `places`."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One text."""
+    """One text, or one haystack of pictures with questions that don't see each other."""
 
     id: str
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
     """Indices of the tokens that are to be predicted, ascending, none the first."""
     positions: NDArray[np.int64]
-    """(N,) position ids."""
+    """(N,) position ids, or (A, N) by axis (M-RoPE)."""
+    shown: Shown | None = None
 
 
 Samples = Callable[[int], Sample]
@@ -56,6 +72,8 @@ class Source:
     name: str
     """For the record, with a hash of the content."""
     notes: tuple[str, ...] = ()
+    examples: tuple[Sample, ...] = ()
+    """Haystacks of the most pictures, at the model's own positions; none of them is trained on."""
 
 
 def open_source(data: Data, frame: Frame, seed: int) -> Source:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,20 +11,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from laid_eval.core import GainNotFoldable
+from laid_eval.distillation.batches import batch_of, prompt_of
 from laid_eval.distillation.export import export, save_gains
 from laid_eval.distillation.folder import check_room, resumable
 from laid_eval.distillation.gain_start import start_gains
-from laid_eval.distillation.pairs import batch_of, choose_pairs, start_mixers
+from laid_eval.distillation.pairs import choose_pairs, start_mixers
+from laid_eval.distillation.picture_samples import visual_probe
 from laid_eval.distillation.processes import is_first, processes
+from laid_eval.distillation.quick_window import quick_window
 from laid_eval.distillation.recipe import Recipe, changed, load_recipe
-from laid_eval.distillation.samples import Source, open_source
+from laid_eval.distillation.samples import Source
 from laid_eval.distillation.shards import prepare_shards, sharding_asked
-from laid_eval.distillation.sides import Side, find_side, own_device, readable, shared_tokens
+from laid_eval.distillation.sides import Side, find_side, load_side, own_device, shared_tokens
+from laid_eval.distillation.sources import open_data
 from laid_eval.distillation.student import Pair, Student, Teacher, checkpoint_layers
 from laid_eval.distillation.train import (
     StepReport,
@@ -37,6 +39,7 @@ from laid_eval.distillation.train import (
     trained,
     trained_weights,
 )
+from laid_eval.distillation.trainable import add_adapter, set_trainable
 from laid_eval.distillations import (
     STEPS,
     WINDOWS,
@@ -55,12 +58,10 @@ from laid_eval.models.cost import peak_memory
 from laid_eval.models.fold import fold, write_certificate
 from laid_eval.models.fold_sites import fold_sites
 from laid_eval.models.gained import add_gains, drop_gains, gainable, gains_of
-from laid_eval.models.load import LoadedModel, load
+from laid_eval.models.load import LoadedModel, LoadedVision
 from laid_eval.models.rotary import Rotary, rotaries
 from laid_eval.resources import content_hash
 from laid_eval.runs import append_lines, run_folder
-from laid_eval.window.model_reader import ModelReader
-from laid_eval.window.session import measure_window
 
 _PROBE_TOKENS = 256  # of the text on which folded and exported models are compared
 
@@ -128,23 +129,25 @@ def distill(
         raise UserError('Training needs what `pip install "laid-eval[distill]"` brings: tensorboard and peft.')
     prepare_shards(plan.training.precision)
     device = own_device(device)
-    load_options = (trust_remote_code, allow_pickle)
-    own = find_side(student, revision, "float32", device, *load_options)
-    theirs = (
-        find_side(teacher, teacher_revision, dtype, device, *load_options) if teacher and plan.needs_teacher else None
-    )
+    probe = visual_probe(plan.data)
+    options = (device, trust_remote_code, allow_pickle, plan.data)
+    own = find_side("student", student, revision, "float32", *options)
+    theirs = None
+    if teacher and plan.needs_teacher:
+        theirs = find_side("teacher", teacher, teacher_revision, dtype, *options)
     vocabulary = shared_tokens(own, theirs) if theirs else 0
-    source = open_source(plan.data, own.frame, seed)
-    if theirs:
-        source = replace(source, samples=readable(source.samples, vocabulary))
+    source = open_data(probe, plan.data, own, theirs, seed)
     folder = run_folder(out, own.described.info.name, "distill")
     run = resumable(folder, own, theirs, plan, source, seed)
     if run and run.status == "complete" and any(folder.glob("model*.safetensors")):
         return load_distillation(folder)
     check_room(folder, plan, own)
     progress(Report(folder, "loading models"))
-    notes = (f"recipe {plan.name!r} looks at no teacher: {teacher!r} was not used",) if teacher and not theirs else ()
-    job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress, notes)
+    notes = [f"recipe {plan.name!r} looks at no teacher: {teacher!r} was not used"] if teacher and not theirs else []
+    notes += (
+        ["the vision side is frozen: the language side trains"] if probe and plan.training.vision == "frozen" else []
+    )
+    job = _Job(folder, plan, seed, own, theirs, vocabulary, source, progress, tuple(notes))
     return job.carry_out(run)
 
 
@@ -165,10 +168,10 @@ class _Job:
 
     def carry_out(self, run: DistillRun | None) -> LoadedDistillation:
         """Load, train, export; the run is saved at every stage."""
-        own = load(self.own.described, self.own.tokenizer)
+        own = load_side(self.own)
         model = own.model
-        teacher = load(self.theirs.described, self.theirs.tokenizer).model if self.theirs else None
-        length = self.recipe.data.stretch or self.recipe.data.lengths[1]
+        teacher = load_side(self.theirs).model if self.theirs else None
+        length = self._reach()
         turning = rotaries(model, length)
         pairs = self._pairs(model, teacher, turning, length)
         sharing = self._sharing(model, turning, pairs)
@@ -191,7 +194,7 @@ class _Job:
 
         def anew(weights: dict[str, Tensor]) -> tuple[PreTrainedModel, Any]:
             """The student as trained so far, whole: where training holds it in shards."""
-            model = load(self.own.described, self.own.tokenizer).model
+            model = load_side(self.own).model
             gainable(model)
             adapter = self._prepare(model, turning, sharing, pairs)
             put_trained(model, {n.removeprefix("model."): w for n, w in weights.items() if kind_of(n) != "mixtures"})
@@ -207,9 +210,15 @@ class _Job:
             model, adapter = anew(trained_weights(last))
         if adapter is not None:
             model = adapter.merge_and_unload()
-        run = self._export(run, model, turning, sharing, sample.tokens[:_PROBE_TOKENS])
+        run = self._export(run, model, turning, sharing, prompt_of(sample, _PROBE_TOKENS))
         save_distillation(self.folder, run)
         return load_distillation(self.folder)
+
+    def _reach(self) -> int:
+        """Positions that are read at."""
+        data, examples = self.recipe.data, self.source.examples
+        own = max((int(sample.positions.max()) + 1 for sample in examples), default=data.lengths[1])
+        return data.stretch or own
 
     def _pairs(
         self, model: PreTrainedModel, teacher: PreTrainedModel | None, turning: list[Rotary | None], length: int
@@ -218,7 +227,8 @@ class _Job:
             return []
         frames = self.own.frame, self.theirs.frame
         theirs = rotaries(teacher, length)
-        return choose_pairs(self.recipe, model, teacher, turning, theirs, frames, self.seed)
+        haystacks = self.source.examples
+        return choose_pairs(self.recipe, model, teacher, turning, theirs, frames, self.seed, haystacks)
 
     def _sharing(self, model: PreTrainedModel, turning: list[Rotary | None], pairs: list[Pair]) -> str | None:
         """How the gains are shared, after finding out that they will fold."""
@@ -249,18 +259,18 @@ class _Job:
         self, model: PreTrainedModel, turning: list[Rotary | None], sharing: str | None, pairs: list[Pair]
     ) -> Any:
         """Give a model its gains and its adapter, which is returned if there is one."""
-        model.requires_grad_(self.recipe.training.weights == "all")
+        set_trainable(model, self.recipe)
         if sharing is not None:
             layers = self._gain_layers(turning, pairs)
             add_gains(model, {i: r for i in layers if (r := turning[i]) is not None}, sharing == "layer")
         if self.recipe.training.checkpointing:
             checkpoint_layers(model)
-        return _add_adapter(model, self.recipe, self.seed) if self.recipe.training.weights == "lora" else None
+        return add_adapter(model, self.recipe, self.seed) if self.recipe.training.weights == "lora" else None
 
     def _train(
         self,
         student: Student,
-        own: LoadedModel,
+        own: LoadedModel | LoadedVision,
         first: bool,
         anew: Callable[[dict[str, Tensor]], tuple[PreTrainedModel, Any]],
     ) -> None:
@@ -283,7 +293,10 @@ class _Job:
 
         def measure(step: int, weights: dict[str, Tensor] | None) -> None:
             model = anew(weights)[0] if weights is not None else student.model
-            self._measure(replace(own, model=model), step)
+            found = quick_window(replace(own, model=model), self.recipe, self.folder, step, self.seed)
+            if found is not None:
+                append_lines(self.folder / WINDOWS, [found.model_dump_json()])
+                self.window = found.text
 
         each = (every, measure) if every else None
         train(
@@ -291,47 +304,29 @@ class _Job:
             cpu=own.model.device.type == "cpu", report=report, each=each,
         )  # fmt: skip
 
-    def _measure(self, student: LoadedModel, step: int) -> None:
-        """A quick window of the student as it is now; random states are left as they were."""
-        length = self.recipe.training.window_length
-        training = student.model.training
-        student.model.eval()
-        try:
-            with torch.random.fork_rng():
-                reader = ModelReader(student, length)
-                run = measure_window(
-                    reader, "needle", out=self.folder / "windows" / f"step-{step:06d}", max_length=length,
-                    budget=3 * length, seed=self.seed,
-                )  # fmt: skip
-        finally:
-            student.model.train(training)
-        if run.windows:
-            w = run.window()
-            found = StepWindow(step=step, text=str(w), length=w.length, low=w.low, high=w.high)
-            append_lines(self.folder / WINDOWS, [found.model_dump_json()])
-            self.window = str(w)
-
     def _export(
         self,
         run: DistillRun,
         model: PreTrainedModel,
         turning: list[Rotary | None],
         sharing: str | None,
-        ids: tuple[int, ...],
+        prompt: dict[str, Any],
     ) -> DistillRun:
         model.eval()
         gains, certificate = None, None
         dtype = self.own.checkpoint_dtype
         if sharing is not None:
             gains = save_gains(self.folder, gains_of(model), turning)
+            ids = None if self.own.processor else prompt["input_ids"].to(model.device)
             try:
-                found = fold(model, turning, torch.tensor([ids], device=model.device), export_dtype=dtype)
+                found = fold(model, turning, ids, export_dtype=dtype)
             except GainNotFoldable as error:
                 raise UserError(f"The gains can't be folded: {error} Training is done and kept.") from None
             write_certificate(self.folder, found)
             certificate = found.as_dict()
         drop_gains(model)
-        checked = export(model, self.own.tokenizer, self.folder, dtype, ids, self.own.described.trust_remote_code)
+        words = self.own.processor or self.own.tokenizer
+        checked = export(model, words, self.folder, dtype, prompt, self.own.described.trust_remote_code)
         lines = read_lines(self.folder / STEPS)
         cost = DistillCost(
             steps=len(lines),
@@ -351,7 +346,9 @@ class _Job:
             }
         )
 
-    def _header(self, own: LoadedModel, counts: dict[str, int], pairs: list[Pair], sharing: str | None) -> DistillRun:
+    def _header(
+        self, own: LoadedModel | LoadedVision, counts: dict[str, int], pairs: list[Pair], sharing: str | None
+    ) -> DistillRun:
         return DistillRun(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             status="partial",
@@ -369,21 +366,6 @@ class _Job:
             environment=environment(),
             notes=(*self.source.notes, *self.notes),
         )
-
-
-def _add_adapter(model: PreTrainedModel, recipe: Recipe, seed: int) -> Any:
-    """LoRA on every linear layer but the unembedding; the model is changed in place."""
-    from peft import LoraConfig, get_peft_model
-
-    rank = recipe.training.lora_rank
-    gains = [p for gain in gains_of(model).values() for p in gain.parameters()]
-    with warnings.catch_warnings(), torch.random.fork_rng():
-        torch.manual_seed(seed)  # of its random start
-        warnings.simplefilter("ignore", FutureWarning)  # peft's own use of names that transformers is giving up
-        adapter = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    for parameter in gains:  # peft freezes all that is not its own
-        parameter.requires_grad_(True)
-    return adapter
 
 
 def _last_losses(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -6,12 +6,23 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from laid_eval.distillation.samples import Sample, Samples
+from laid_eval.distillation.recipe import Data
 from laid_eval.errors import UserError
 from laid_eval.models.frame import Frame, frame_of
-from laid_eval.models.load import Described, describe, load_tokenizer
+from laid_eval.models.load import (
+    Described,
+    LoadedModel,
+    LoadedVision,
+    describe,
+    load,
+    load_processor,
+    load_tokenizer,
+    load_vision,
+    takes_pictures,
+)
+from laid_eval.models.picture_frame import picture_frame
 from laid_eval.models.source import resolve
 
 
@@ -22,6 +33,8 @@ class Side:
     described: Described
     tokenizer: PreTrainedTokenizerBase
     frame: Frame
+    processor: ProcessorMixin | None = None
+    """Of a model that is shown pictures."""
 
     @property
     def checkpoint_dtype(self) -> torch.dtype:
@@ -31,13 +44,46 @@ class Side:
 
 
 def find_side(
-    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, allow_pickle: bool
+    role: str,
+    name: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    data: Data,
 ) -> Side:
-    """Find a model and read its configuration and tokenizer. Arguments as for `distill`."""
+    """Find a model and read its configuration and tokenizer, or processor where `data` shows pictures.
+
+    Raises:
+        UserError: There is none, or it sees and the data are text, or the reverse. `role` says whose it is.
+    """
     source = resolve(name, revision, allow_pickle, trust_remote_code)
     described = describe(source, dtype, device, None, trust_remote_code, allow_pickle)
-    tokenizer = load_tokenizer(described)
-    return Side(described, tokenizer, frame_of(tokenizer))
+    sees, kind = takes_pictures(described), described.config.model_type
+    if data.images is None:
+        if sees:
+            raise UserError(
+                f"The {role} {name!r} ({kind}) takes pictures, training data {data.source!r} shows none. Set "
+                "data.source to a visual probe and data.images to numbers of pictures: --set data.source=visual-which "
+                "--set 'data.images=[2, 20]'."
+            )
+        tokenizer = load_tokenizer(described)
+        return Side(described, tokenizer, frame_of(tokenizer))
+    if not sees:
+        raise UserError(
+            f"The {role} {name!r} ({kind}) takes no pictures, training data {data.source!r} shows some. Use a "
+            "vision-language model, or text (data.source, without data.images)."
+        )
+    processor = load_processor(described)
+    return Side(described, processor.tokenizer, picture_frame(name, processor).words, processor)
+
+
+def load_side(side: Side) -> LoadedModel | LoadedVision:
+    """Load a side's weights. Raises as `load` and `load_vision`."""
+    if side.processor is not None:
+        return load_vision(side.described, side.processor)
+    return load(side.described, side.tokenizer)
 
 
 def shared_vocabulary(own: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> int:
@@ -62,21 +108,6 @@ def shared_tokens(own: Side, theirs: Side) -> int:
     """Tokens that both models can read and predict, from the first."""
     rows = [int(side.described.text_config.vocab_size) for side in (own, theirs)]
     return min(shared_vocabulary(own.tokenizer, theirs.tokenizer), *rows)
-
-
-def readable(samples: Samples, vocabulary: int) -> Samples:
-    """The same samples, refused where the teacher lacks a token."""
-
-    def draw(number: int) -> Sample:
-        sample = samples(number)
-        if max(sample.tokens) >= vocabulary:
-            raise UserError(
-                f"Training text {sample.id!r} holds token {max(sample.tokens)}, which the teacher lacks (it has "
-                f"{vocabulary:,}). Take that text out, or use a teacher with the student's tokens."
-            )
-        return sample
-
-    return draw
 
 
 def own_device(asked: str) -> str:

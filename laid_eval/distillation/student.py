@@ -23,6 +23,7 @@ from laid_eval.core import (
     Heads,
     View,
     distance_weight,
+    image_distance,
     index_distance,
     label_loss,
     octave_matching,
@@ -33,9 +34,13 @@ from laid_eval.core import (
     shared_vocab_kl,
     sink_keys,
 )
+from laid_eval.distillation.batches import Batch, like
 from laid_eval.distillation.recipe import Matching, Recipe
-from laid_eval.models.gained import Tapped, tapped
+from laid_eval.models.gained import PREFIX, Tapped, tapped
 from laid_eval.models.unembedding import check_unembedding, unembedding_of
+
+_OCTAVES = {False: 17, True: 8}
+"""Of distance in tokens or positions, which reach 131k, and in images, which reach 255."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +72,6 @@ class Pair:
         return f"{self.student}-{self.teacher}"
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Texts of one forward pass, padded on the right."""
-
-    input_ids: Tensor
-    """(B, N)"""
-    attention_mask: Tensor
-    """(B, N); 0 is padding."""
-    position_ids: Tensor
-    """(B, N)"""
-    labels: Tensor
-    """(B, N); -100 where a token is none."""
-    numbers: Tensor
-    """(B,) of the samples."""
-
-
 class Student(nn.Module):
     """The student with all that trains beside it; calling it gives the loss and its terms."""
 
@@ -98,7 +87,7 @@ class Student(nn.Module):
         """Put together.
 
         Args:
-            model: Causal language model, made `gainable`, with its gains and adapters.
+            model: Causal language model, or one that sees, made `gainable`, with its gains and adapters.
             teacher: `None` where no term looks at one.
             recipe: What is minimised.
             pairs: Layers to match.
@@ -125,9 +114,16 @@ class Student(nn.Module):
         labels: Tensor,
         numbers: Tensor,
         step: int = 0,
+        places: Tensor | None = None,
+        branches: Tensor | None = None,
+        vision: dict[str, Tensor] | None = None,
     ) -> dict[str, Any]:
-        """`loss` (scalar, to be minimised) and `terms` (name to float: unweighted, nats; heads that serve)."""
-        batch = Batch(input_ids, attention_mask, position_ids, labels, numbers)
+        """`loss` (scalar, to be minimised) and `terms` (name to float: unweighted, nats; heads that serve).
+
+        Takes what a `Batch` holds. No `**kwargs`: Trainer would take them for a sign that the loss is a sum over all
+        forward passes of a step, and not divide by their number.
+        """
+        batch = Batch(input_ids, attention_mask, position_ids, labels, numbers, places, branches, vision)
         recipe, losses = self.recipe, self.recipe.losses
         (teacher,) = self._outside
         hidden, own = read(self.model, batch, [p.student for p in self.pairs])
@@ -191,8 +187,9 @@ class Student(nn.Module):
             student = some_heads(own[pair.student].heads(text, index), pair.student_heads, size)
             teacher = some_heads(theirs[pair.teacher].heads(text, index), pair.teacher_heads, size)
             matched = octave_matching(
-                student, teacher, mixture, view, gamma=gamma, kappa=how.kappa, rho=how.rho, weights=weight
-            )
+                student, teacher, mixture, view, gamma=gamma, kappa=how.kappa, rho=how.rho, weights=weight,
+                octaves=_OCTAVES[_in_images(how, batch)],
+            )  # fmt: skip
             out["attention"] = matched.loss
         if losses.qk:
             every = torch.arange(size, device=batch.labels.device)
@@ -241,13 +238,30 @@ def rows_to_match(
 
 
 def view_of(how: Matching, batch: Batch, text: int, rows: Tensor, size: int) -> View:
-    """What the rows see: all real tokens up to themselves, at the distance that the recipe counts."""
+    """What the rows see: all real tokens up to themselves, at the distance that the recipe counts.
+
+    Questions about pictures don't see each other; tokens between are those that the row sees.
+    """
     documents = torch.zeros(size, dtype=torch.long, device=rows.device)
+    seen, sink = seen_keys(rows, documents), sink_keys(documents, how.sinks)
+    if batch.branches is not None:
+        seen &= _one_branch(rows, batch.branches[text, :size])
     if how.distance == "rope":
-        distance = rope_distance(rows, batch.position_ids[text, :size])
+        distance = rope_distance(rows, batch.position_ids[..., text, :size])
+    elif _in_images(how, batch):
+        assert batch.places is not None, "the recipe counts images where there are some"
+        places = batch.places[text, :size]
+        distance, sink = image_distance(rows, places), sink | (places == 0)
+    elif batch.branches is not None:
+        distance = seen.flip(1).cumsum(1).flip(1) - 1
     else:
         distance = index_distance(rows, size)
-    return View(seen_keys(rows, documents), distance, sink_keys(documents, how.sinks))
+    return View(seen, distance, sink)
+
+
+def _in_images(how: Matching, batch: Batch) -> bool:
+    """Distance is a number of pictures."""
+    return batch.places is not None and how.distance in ("auto", "image")
 
 
 def some_heads(heads: Heads, chosen: Tensor, size: int) -> Heads:
@@ -265,11 +279,35 @@ def read(model: PreTrainedModel, batch: Batch, layers: Sequence[int]) -> tuple[T
     The mask is given whether or not there is padding: without one, transformers takes gaps in the positions for the
     borders of packed texts, and cuts attention there.
     """
+    seeing = batch.vision is not None
+    reader = model.base_model if seeing else model.get_decoder()
+    given = like(batch.vision or {}, next(model.parameters()))
     with tapped(model, layers) as seen:
-        out = model.get_decoder()(
+        out = reader(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=_branches_apart(model, batch) if seeing else batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
+            **given,
         )
     return out.last_hidden_state, dict(seen)
+
+
+def _branches_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The mask of one haystack: (B, N), or (B, 1, N, N) where several questions must not see each other."""
+    assert batch.branches is not None, "haystacks of pictures say which token is whose"
+    if int(batch.branches.max()) <= 1:
+        return batch.attention_mask
+    size = batch.branches.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=batch.branches.device).tril()
+    every = torch.arange(size, device=causal.device)
+    mask = torch.stack([_one_branch(every, line) & causal for line in batch.branches])[:, None]
+    if model.config.get_text_config(decoder=True)._attn_implementation.removeprefix(PREFIX) == "sdpa":
+        return mask
+    floor = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, floor)
+
+
+def _one_branch(rows: Tensor, branches: Tensor) -> Tensor:
+    """(R, N) booleans: whether a key is no question's, or the same one's as the row."""
+    return (branches == 0) | (branches[rows][:, None] == branches)

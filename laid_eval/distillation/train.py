@@ -18,17 +18,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from laid_eval.distillation.batches import Numbered, padded
 from laid_eval.distillation.processes import processes
 from laid_eval.distillation.recipe import Recipe
 from laid_eval.distillation.samples import Samples
 from laid_eval.distillation.shards import fill, optimizer_state, restore_optimizer, sharding_asked, whole_weights
-from laid_eval.distillation.student import Batch, Student
+from laid_eval.distillation.student import Student
 from laid_eval.errors import UserError
 from laid_eval.models.gained import GAIN
 from laid_eval.models.source import quiet
@@ -50,44 +51,6 @@ class StepReport:
     steps: int
     values: dict[str, float]
     """`loss`, terms, `learning_rate`, `effective_heads` of the first pair, `tokens`."""
-
-
-class Numbered(Dataset[dict[str, Any]]):
-    """Samples 0, 1, ... up to what the run needs."""
-
-    def __init__(self, samples: Samples, size: int) -> None:
-        """`size` samples."""
-        self._samples, self._size = samples, size
-
-    def __len__(self) -> int:
-        """All steps' samples."""
-        return self._size
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """One text, unpadded."""
-        sample = self._samples(number)
-        labels = torch.full((len(sample.tokens),), -100)
-        at = torch.tensor(sample.labels, dtype=torch.long)
-        ids = torch.tensor(sample.tokens)
-        labels[at] = ids[at]
-        return {"ids": ids, "labels": labels, "positions": torch.as_tensor(sample.positions), "number": number}
-
-
-def padded(texts: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch: texts padded on the right. With padding the mask is (B, 1, N, N); single texts need none."""
-    longest = max(len(text["ids"]) for text in texts)
-
-    def line(text: dict[str, Any], name: str, fill: int) -> Tensor:
-        return nn.functional.pad(text[name], (0, longest - len(text[name])), value=fill)
-
-    batch = Batch(
-        input_ids=torch.stack([line(t, "ids", 0) for t in texts]),
-        attention_mask=torch.stack([line({"x": torch.ones_like(t["ids"])}, "x", 0) for t in texts]),
-        position_ids=torch.stack([line(t, "positions", 0) for t in texts]),
-        labels=torch.stack([line(t, "labels", -100) for t in texts]),
-        numbers=torch.tensor([t["number"] for t in texts]),
-    )
-    return dict(vars(batch))
 
 
 class LaidTrainer(Trainer):

@@ -1,3 +1,7 @@
+import importlib.util
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -57,4 +61,67 @@ def quick():
         "training.save_every": "2",
         "data.lengths": "[100,160]",
         "data.questions": "2",
+    }
+
+
+TINY_PROBE = """
+name = "tiny-which"
+task = "scenes"
+form = "which"
+summary = "small pictures, short questions"
+instruction = ""
+question = "With {anchor}?"
+lead = "Also"
+choices = 4
+anchors = 3
+per_image = 2
+size = 48
+objects = ["cactus", "tulip", "lemon", "banana", "pear", "bread", "guitar", "tiger", "whale", "pig", "crown", "key"]
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_probe(tmp_path_factory):
+    """A visual probe that tiny models read quickly."""
+    path = tmp_path_factory.mktemp("probes") / "tiny-which.toml"
+    path.write_text(TINY_PROBE)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory):
+    """Folder of a tiny random vision-language model of a family; `teacher` has other weights."""
+    spec = importlib.util.spec_from_file_location(
+        "vision_families", Path(__file__).parent.parent / "models" / "vision_families.py"
+    )
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    folder = tmp_path_factory.mktemp("seeing")
+
+    @cache
+    def build(family, teacher=False):
+        out = folder / f"{family}-{'teacher' if teacher else 'student'}"
+        with quiet():
+            model, processor = families.make(family)
+            if teacher:
+                with torch.no_grad():
+                    for parameter in model.get_decoder().parameters():
+                        parameter += 0.1 * torch.randn_like(parameter)
+            model.save_pretrained(out)
+            processor.save_pretrained(out)
+        return out
+
+    return build
+
+
+@pytest.fixture
+def few(tiny_probe):
+    """Changes that make any recipe a short one on pictures."""
+    return {
+        "data.source": tiny_probe,
+        "data.images": "[2,4]",
+        "data.questions": "2",
+        "training.steps": "4",
+        "training.accumulation": "2",
+        "training.save_every": "2",
     }
