@@ -13,7 +13,7 @@ help:
 	@echo "make serve-env   build the environment that vLLM lives in (.serve-env)"
 	@echo "make self-check  measure readers with known windows, 300 runs of each kind"
 	@echo "make bench-speed what the window, spectra and distillation cost, side by side with the usual ways"
-	@echo "make pocket      train the pocket vision-language models again (about an hour on two cores)"
+	@echo "make pocket      train the pocket vision-language models again (about an hour and a half on one core)"
 	@echo "make study-planted-gain  a window taken away on purpose, and given back by distillation (about half an hour)"
 
 install: $(READY)

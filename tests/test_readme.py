@@ -2,6 +2,7 @@
 
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -24,6 +25,7 @@ matplotlib.use("Agg")
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+write_dataset = runpy.run_path(str(ROOT / "tests" / "window" / "published_haystacks.py"))["write_dataset"]
 # The long commands, cut short; nothing else is changed.
 SHORT = ["--max-length", "1200", "--budget", "1200"]
 SHORT_IMAGES = ["--max-length", "8", "--budget", "1000"]
@@ -37,7 +39,10 @@ def block(mark, language):
     return re.search(rf"<!-- {mark} -->\n```{language}\n(.*?)```", README, re.S).group(1)
 
 
-MARKS = ("tested", "tested: vision", "tested: why", "tested: spectrum", "tested: distill")
+MARKS = (
+    "tested", "tested: vision", "tested: dataset", "tested: why", "tested: spectrum", "tested: spectrum of pictures",
+    "tested: distill", "tested: distill of pictures",
+)  # fmt: skip
 COMMANDS = [line.split("#")[0].strip() for mark in MARKS for line in block(mark, "bash").splitlines()]
 
 
@@ -46,15 +51,25 @@ COMMANDS = [line.split("#")[0].strip() for mark in MARKS for line in block(mark,
 def test_every_command_runs(command, tmp_path, command_line):
     program, *words = shlex.split(command)
     assert program == ".venv/bin/laid-eval"
-    if words[0] == "window":
+    if "--dataset" in words:
+        write_dataset(tmp_path, lengths=(1, 5), cases=2)
+    elif words[0] == "window":
         short = SHORT_ALL if "all" in words else SHORT_IMAGES if "pocket-student" in words else SHORT
         words += [*short, *(SHORT_WHY if "--why" in words else [])]
     if words[0] == "distill":
         words += [*SHORT_DISTILL, "--set", "training.weights=lora"]  # optimiser states of all weights take a minute
     if words[0] == "spectrum":
-        words += ["--length", "256", "--texts", "1"]
+        words += ["--texts", "2"] if "--images" in words else ["--length", "256", "--texts", "1"]
     done = command_line(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gate_says_what_is_shown(command_line, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    first, shown = block("tested: gate", "console").split("\n", 1)
+    done = command_line(*shlex.split(first)[2:], cwd=ROOT)
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).split() == shown.split()
 
 
 def test_the_python_code_runs(tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ PER_IMAGE = SIDE_TOKENS**2
 ADVANCE = SIDE_TOKENS + 2  # RoPE positions that a picture takes: its longer side and two markers
 REACH = 160 * ADVANCE
 FIRST = 3  # pictures; bare which-questions until they are answered
-STAGES = {"teacher": (TEACHER, 160, False), "student": (STUDENT, 20, True)}
+STAGES = {"teacher": (TEACHER, 160, False, 52.0), "student": (STUDENT, 20, True, 20.0)}
+"""Size, most pictures in training, whether positions are stretched, minutes of one core."""
 
 
 class Pool:
@@ -279,9 +280,13 @@ def align(model, pool: Pool, seen: torch.Tensor, tokenizer, log) -> None:
         last.bias *= grown
 
 
-def train_language(name: str, model, batcher: Batcher, folder: Path, minutes: float, log) -> None:
-    """Short haystacks until they are solved, then longer ones; the rate falls over the last three fifths."""
-    size, most, stretch = STAGES[name]
+def train_language(name: str, model, batcher: Batcher, folder: Path, log, shorter: float = 1.0) -> None:
+    """Short haystacks until they are solved, then longer ones; all of them, at a falling rate, towards the end.
+
+    `minutes` are of one core's own time, so that other work on the machine takes nothing from the training.
+    """
+    size, most, stretch, minutes = STAGES[name]
+    minutes *= shorter
     rate = 0.4 / size.hidden  # a third of it, and the second layer never finds the pictures
     path, kept = folder / f"{name}.pt", folder / f"{name}-going.pt"
     if path.exists():
@@ -302,11 +307,13 @@ def train_language(name: str, model, batcher: Batcher, folder: Path, minutes: fl
     recent: deque[float] = deque(maxlen=40)
     while spent < 60 * minutes:
         started = time.process_time()
+        left = 1 - spent / (60 * minutes)
+        if left < 0.42:
+            longest = most  # whatever was solved by then: no length of the range stays unseen
         rng = np.random.default_rng([SEED, 3, step])
         count = longest if step % 2 else round(math.exp(rng.uniform(0, math.log(longest))))
         harder = longest > FIRST
         batch = batcher(count, max(2, min(12, 320 // count)), stretch, harder, rng, asked=8 if harder else 16)
-        left = 1 - spent / (60 * minutes)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 200) * min(1.0, left / 0.6 + 0.02)
         loss, which, yes_no = losses(model, batch)
@@ -335,7 +342,7 @@ def train_language(name: str, model, batcher: Batcher, folder: Path, minutes: fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"))
-    parser.add_argument("--minutes", type=float, default=60, help="of each language model")
+    parser.add_argument("--shorter", type=float, default=1.0, help="share of the training time, to try things")
     parser.add_argument("--only", choices=[*STAGES, "vision"], help="one stage; the others as they are kept")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -348,19 +355,19 @@ def main() -> None:
 
     tokenizer = make_tokenizer(PROBES)
     processor = make_processor(tokenizer)
-    pool, held = Pool(5000, 1, args.out, processor), Pool(800, 2, args.out, processor)
+    pool, held = Pool(8000, 1, args.out, processor), Pool(800, 2, args.out, processor)
     torch.manual_seed(SEED % 2**31)
     teacher = make_model(TEACHER, tokenizer)
-    train_vision(teacher, pool, held, args.out, 3000, log)
+    train_vision(teacher, pool, held, args.out, 3500, log)
     seen = features(teacher, pool)
-    for name, (size, _, _) in STAGES.items():
+    for name, (size, *_) in STAGES.items():
         if args.only not in (None, name):
             continue
         torch.manual_seed(SEED % 2**31 + 1)
         model = make_model(size, tokenizer)
         tower = {k: v for k, v in teacher.model.visual.state_dict().items() if not k.startswith("merger.mlp.2")}
         model.model.visual.load_state_dict(tower, strict=False)
-        train_language(name, model, Batcher(tokenizer, pool, seen), args.out, args.minutes, log)
+        train_language(name, model, Batcher(tokenizer, pool, seen), args.out, log, args.shorter)
         torch.nn.Module.to(model, torch.bfloat16).save_pretrained(args.out / f"pocket-{name}")
         processor.save_pretrained(args.out / f"pocket-{name}")
 
