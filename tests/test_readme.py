@@ -14,7 +14,7 @@ import laid_eval
 from laid_eval.cli.distill import show_distillation
 from laid_eval.cli.spectrum import show_spectrum
 from laid_eval.cli.why import show_why
-from laid_eval.cli.window import show_window
+from laid_eval.cli.window_table import show_window
 from laid_eval.distillation.recipe import recipe_names
 from laid_eval.runs import load_why_trials, why_table
 from laid_eval.spectra import load_spectrum
