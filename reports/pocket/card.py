@@ -36,7 +36,7 @@ questions about haystacks of drawn pictures. It is a measuring object for laid-e
 objects and two questions.
 
 - **Trained by** `make pocket` (`reports/pocket/train.py`), from random weights, on a CPU: {cost}.
-- **Data**: scenes of three OpenMoji objects (5,000 of them, drawn by `laid_eval.window.scenes`) in random haystacks of
+- **Data**: scenes of three OpenMoji objects (8,000 of them, drawn by `laid_eval.window.scenes`) in random haystacks of
   {range} pictures; questions of the probes `visual-which` and `visual-haystack`. Seed 1,000,000,007, which no
   evaluation uses.
 - **Positions**: {positions}

@@ -3,8 +3,10 @@
 1. One vision tower for both learns to name the objects of single pictures; each model's own merger learns to say it in
    the model's words.
 2. The teacher's language model learns to answer about haystacks of 1 to 160 pictures, short ones first.
-3. The student's, half as wide and a layer less deep, learns from 1 to 20 pictures, at positions stretched over the
-   range that 160 pictures take: no position is new to it later.
+3. The student's, half as wide and a layer less deep, learns from 1 to 20 pictures.
+
+Both learn at positions stretched over the range that 160 pictures take, so that none is new later: windows end by
+dilution.
 
 In both, the first layer has losses of its own: a picture's tokens name all that the picture shows, and the answer's
 place names what was asked about. Without them, finding the picture by its content did not begin within the hour.
@@ -42,7 +44,7 @@ PER_IMAGE = SIDE_TOKENS**2
 ADVANCE = SIDE_TOKENS + 2  # RoPE positions that a picture takes: its longer side and two markers
 REACH = 160 * ADVANCE
 FIRST = 3  # pictures; bare which-questions until they are answered
-STAGES = {"teacher": (TEACHER, 160, False, 52.0), "student": (STUDENT, 20, True, 20.0)}
+STAGES = {"teacher": (TEACHER, 160, True, 56.0), "student": (STUDENT, 20, True, 20.0)}
 """Size, most pictures in training, whether positions are stretched, minutes of one core."""
 
 
@@ -308,7 +310,7 @@ def train_language(name: str, model, batcher: Batcher, folder: Path, log, shorte
     while spent < 60 * minutes:
         started = time.process_time()
         left = 1 - spent / (60 * minutes)
-        if left < 0.42:
+        if left < 0.2:
             longest = most  # whatever was solved by then: no length of the range stays unseen
         rng = np.random.default_rng([SEED, 3, step])
         count = longest if step % 2 else round(math.exp(rng.uniform(0, math.log(longest))))
@@ -323,7 +325,7 @@ def train_language(name: str, model, batcher: Batcher, folder: Path, log, shorte
         optimizer.step()
         if count == longest:
             recent.append(which)
-        if longest < most and len(recent) == recent.maxlen and np.mean(recent) > 0.55:
+        if longest < most and len(recent) == recent.maxlen and np.mean(recent) > 0.5:
             longest = min(most, math.ceil(longest * 1.6))
             recent.clear()
         step += 1
