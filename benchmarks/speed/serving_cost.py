@@ -48,6 +48,7 @@ class KeepingClient(Client):
         self.kept: list[Request[Any]] = []
 
     def run(self, request: Request[Any]) -> Any:
+        """Send and keep."""
         self.kept.append(request)
         return super().run(request)
 
@@ -64,13 +65,8 @@ def ours(plan: Plan, out: Path, settings: dict[str, Any]) -> tuple[dict[str, flo
     queries, hits = (b - a for a, b in zip(before, counters(plan), strict=True))
     tokens = sum(request.tokens or 0 for request in client.kept)
     client.close()
-    said = {
-        "seconds": seconds,
-        "requests": len(client.kept),
-        "tokens": tokens,
-        "hit_rate": hits / queries if queries else 0.0,
-    }
-    return said, client.kept
+    took = {"seconds": seconds, "requests": len(client.kept), "tokens": tokens}
+    return {**took, "hit_rate": hits / queries if queries else 0.0}, client.kept
 
 
 def theirs(plan: Plan, kept: list[Request[Any]], folder: Path) -> dict[str, float]:
@@ -84,7 +80,8 @@ def theirs(plan: Plan, kept: list[Request[Any]], folder: Path) -> dict[str, floa
             prompt = tokenizer.decode(request.body["token_ids"], skip_special_tokens=False)
             lines.write(json.dumps({"prompt": prompt, "output_tokens": 1}) + "\n")
     options = {
-        "backend": "openai", "base-url": plan.endpoint.root, "endpoint": "/v1/completions", "model": plan.endpoint.model,
+        "backend": "openai", "base-url": plan.endpoint.root, "endpoint": "/v1/completions",
+        "model": plan.endpoint.model,
         "tokenizer": plan.endpoint.tokenizer, "dataset-name": "custom", "dataset-path": file, "num-prompts": len(kept),
         "custom-output-len": 1, "max-concurrency": AT_ONCE, "result-dir": folder, "result-filename": "theirs.json",
     }  # fmt: skip
@@ -111,6 +108,7 @@ def forget(plan: Plan) -> None:
 
 
 def main() -> None:
+    """Measure all sides and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-length", type=int, default=4096)
     parser.add_argument("--json", type=Path, help="also write the figures here")

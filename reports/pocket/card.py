@@ -39,7 +39,7 @@ objects and two questions.
 - **Data**: scenes of three OpenMoji objects (8,000 of them, drawn by `laid_eval.window.scenes`) in random haystacks of
   {range} pictures; questions of the probes `visual-which` and `visual-haystack`. Seed 1,000,000,007, which no
   evaluation uses.
-- **Positions**: {positions}
+- **Positions**: random gaps stretch the haystacks over the range that 160 pictures take, so none is new later.
 - **No window is planted.** What ends it is the size of the model and the number of pictures in training.
 - The pictures are of the [OpenMoji](https://openmoji.org) project, CC BY-SA 4.0.
 
@@ -99,8 +99,6 @@ def card(folder: Path, log: list[dict], haystacks: int) -> str:
         name=name, parameters=sum(p.numel() for p in loaded.model.parameters()) / 1e6,
         size=(folder / "model.safetensors").stat().st_size / 1e6, range="1-160" if teacher else "1-20",
         cost=f"{last['minutes']:.0f} minutes of one core and {last['step']:,} steps, after 8 minutes for both's vision",
-        positions="those of the pictures themselves." if teacher
-        else "random gaps stretch the haystacks over the range that 160 pictures take, so none is new later.",
         haystacks=f"{haystacks} or more", table="\n".join(rows), why=why,
     )  # fmt: skip
 
