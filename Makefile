@@ -4,12 +4,12 @@ BIN := .venv/bin
 RUN ?= runs/smollm2
 READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install serve-env window test test-fast lint self-check bench-speed study-planted-gain pocket clean
+.PHONY: help install serve-env window test test-vllm lint self-check bench-speed study-planted-gain pocket clean
 
 help:
 	@echo "make window      measure the context window of SmolLM2-135M (about 7 minutes on two cores)"
-	@echo "make test        lint, types and tests, real models and a real vLLM server included"
-	@echo "make test-fast   the same without the server, for daily work"
+	@echo "make test        lint, types and tests, the real models included"
+	@echo "make test-vllm   tests on a real vLLM server"
 	@echo "make serve-env   build the environment that vLLM lives in (.serve-env)"
 	@echo "make self-check  measure readers with known windows, 300 runs of each kind"
 	@echo "make bench-speed what the window, spectra and distillation cost, side by side with the usual ways"
@@ -41,12 +41,11 @@ $(SERVE_READY): constraints-serve.txt
 window: install
 	$(BIN)/laid-eval window --model smollm2 --out $(RUN)
 
-test: install lint serve-env
+test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not vllm"
-	$(BIN)/python -m pytest -q -m vllm
 
-test-fast: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not vllm"
+test-vllm: install serve-env
+	$(BIN)/python -m pytest -q -m vllm
 
 lint: install
 	$(BIN)/ruff check .
