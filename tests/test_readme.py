@@ -88,7 +88,7 @@ def test_the_probe_of_the_readme_works(tmp_path):
     assert run.trials["chance"].eq(0.25).all()
 
 
-@pytest.mark.parametrize("name", ["smollm2-window", "pocket-window"])
+@pytest.mark.parametrize("name", ["smollm2-window", "pocket-window", "pocket-teacher-window"])
 def test_the_table_is_that_of_the_run_it_shows(name):
     run = laid_eval.load_run(ROOT / "reports" / name)
     out = io.StringIO()

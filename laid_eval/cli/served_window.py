@@ -79,4 +79,4 @@ def measure_behind(
         return measure_served(find_endpoint(server.base_url, model, server.tokenizer), **how, **asked)
     plan = plan_for_window(prepare(model, **of_model), asked["probe"], asked["max_length"], server.env)
     with live_server(plan, patience=1800.0) as running:
-        return measure_served(running.endpoint, **how, **asked)
+        return measure_served(running.endpoint, known=plan.described.info, **how, **asked)

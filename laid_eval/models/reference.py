@@ -45,7 +45,8 @@ class Bundled:
 
 
 BUNDLED = (
-    Bundled("pocket-student", "a tiny Qwen2.5-VL, trained on haystacks of up to 20 drawn pictures; 0.8M parameters"),
+    Bundled("pocket-student", "a tiny Qwen2.5-VL, trained on haystacks of up to 4 drawn pictures; 1.4M parameters"),
+    Bundled("pocket-teacher", "a larger one, trained on haystacks of up to 160 drawn pictures; 1.9M parameters"),
 )
 
 

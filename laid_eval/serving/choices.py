@@ -28,7 +28,7 @@ Given = tuple[int, ...]
 Logs = Mapping[int, float]
 """Log-probability of a next token, nats."""
 
-_ROOM = 8  # tokens that a reply may take beyond the longest choice
+_ROOM = 64  # tokens that a reply may take beyond the longest choice: models like to begin with a phrase
 _SYSTEM = 64  # tokens of instructions that a server may put before a message of ours
 
 
@@ -103,20 +103,30 @@ def ask_chat(endpoint: Endpoint, content: Any, begun: str, tokens: int | None, p
 
 def ask_reply(endpoint: Endpoint, prompt: Sequence[int], branch: Branch) -> Request[str]:
     """What the model says after a prompt of token ids."""
-    body = {"model": endpoint.model, "prompt": list(prompt), "max_tokens": _longest(branch), "temperature": 0}
-    return Request(
-        f"{endpoint.base_url}/completions", body, len(prompt), lambda answer: str(answer["choices"][0]["text"])
-    )
-
-
-def ask_chat_reply(endpoint: Endpoint, content: Any, branch: Branch, tokens: int) -> Request[str]:
-    """What the model says to a message. Nothing is put into its mouth: not every server allows that."""
-    body = {**_messages(endpoint, content, ""), "max_tokens": _longest(branch), "temperature": 0}
+    body = {"model": endpoint.model, "prompt": list(prompt), "max_tokens": reply_limit(branch), "temperature": 0}
 
     def parse(answer: dict[str, Any]) -> str:
-        return str(answer["choices"][0]["message"]["content"] or "")
+        return _reply(answer, answer["choices"][0]["text"])
+
+    return Request(f"{endpoint.base_url}/completions", body, len(prompt), parse)
+
+
+def ask_chat_reply(endpoint: Endpoint, content: Any, tokens: int, limit: int) -> Request[str]:
+    """What the model says to a message, at most `limit` tokens; nothing is put into its mouth."""
+    body = {**_messages(endpoint, content, ""), "max_tokens": limit, "temperature": 0}
+
+    def parse(answer: dict[str, Any]) -> str:
+        return _reply(answer, answer["choices"][0]["message"]["content"])
 
     return Request(f"{endpoint.base_url}/chat/completions", body, tokens, parse, slack=_SYSTEM)
+
+
+def _reply(answer: dict[str, Any], text: Any) -> str:
+    """A reply's text; one that is missing (a thought took all tokens, a filter) is no answer, so no wrong one."""
+    reason = answer["choices"][0].get("finish_reason")
+    if not isinstance(text, str) or not text.strip() or reason == "content_filter":
+        raise ValueError(f"no text in the reply, which ended by {reason!r}")
+    return text
 
 
 def named_choice(reply: str, choices: Sequence[str]) -> int | None:
@@ -160,5 +170,6 @@ def _token(entry: Mapping[str, Any]) -> int:
     return int(entry["token_id"] if "token_id" in entry else entry["token"].removeprefix("token_id:"))
 
 
-def _longest(branch: Branch) -> int:
+def reply_limit(branch: Branch) -> int:
+    """Tokens that a reply may take."""
     return max(len(ending) for ending in branch.endings) + _ROOM

@@ -29,6 +29,8 @@ TIMEOUT = 600.0
 """Seconds for one answer."""
 RETRIES = 4
 _BUSY = (408, 429, 500, 502, 503, 504)
+"""Asked again; what takes too long is not: the server may still be at it."""
+_LONGEST_PAUSE = 60  # seconds that a server may ask for
 
 T = TypeVar("T")
 
@@ -62,12 +64,11 @@ class Client:
             retries: Of a request that met a busy or broken server, with growing pauses.
         """
         self.endpoint, self.timeout = endpoint, timeout
-        self.sent = self.tokens = 0
         self._pool = ThreadPoolExecutor(concurrency)
         self._session = requests.Session()
         again = Retry(
-            total=retries, backoff_factor=0.5, backoff_max=30, status_forcelist=_BUSY, allowed_methods=None,
-            raise_on_status=False,
+            total=retries, read=0, backoff_factor=0.5, backoff_max=30, status_forcelist=_BUSY, allowed_methods=None,
+            raise_on_status=False, retry_after_max=_LONGEST_PAUSE,
         )  # fmt: skip
         self._session.mount("http://", HTTPAdapter(max_retries=again, pool_maxsize=concurrency))
         self._session.mount("https://", HTTPAdapter(max_retries=again, pool_maxsize=concurrency))
@@ -97,24 +98,21 @@ class Client:
             if _too_slow(error):
                 return Failure(f"no answer within {self.timeout:g} s")
             raise UserError(self._gone(error)) from None
-        self.sent += 1
-        if response.status_code in _BUSY:
+        if response.status_code in _BUSY or response.status_code >= 500:
             return Failure(f"the server answered {response.status_code}: {_said(response)}")
         if response.status_code != 200:
             raise UserError(self._refused(response))
         try:
             answer = response.json()
             parsed, read = request.parse(answer), _tokens_read(answer)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             return Failure(f"the server's answer can't be read ({type(error).__name__}: {str(error)[:100]})")
-        if read is not None:
-            self.tokens += read
-            if request.tokens is not None and abs(read - request.tokens) > request.slack:
-                raise UserError(
-                    f"The server at {self.endpoint.base_url} read {read} tokens where {request.tokens} were sent: it "
-                    "truncates, or uses another tokenizer, template or picture size. Give it its checkpoint's own "
-                    "(--tokenizer), or raise its maximum length; nothing was scored."
-                )
+        if read is not None and request.tokens is not None and abs(read - request.tokens) > request.slack:
+            raise UserError(
+                f"The server at {self.endpoint.base_url} read {read} tokens where {request.tokens} were sent: it "
+                "truncates, or uses another tokenizer, template or picture size. Give it its checkpoint's own "
+                "(--tokenizer), or raise its maximum length; nothing was scored."
+            )
         return parsed
 
     def run_all(self, batch: Sequence[Request[T]]) -> list[T | Failure]:
@@ -131,8 +129,8 @@ class Client:
 
     def _gone(self, error: Exception) -> str:
         return (
-            f"The server at {self.endpoint.base_url} can't be reached ({_kind(error)}). What was measured so far is "
-            "kept; start it again, and give the same command with the same --out."
+            f"The server at {self.endpoint.base_url} can't be reached ({_kind(error)}). Start it, or check the URL; "
+            "what was measured in a folder of yours (--out) is kept, and the same command goes on."
         )
 
     def _refused(self, response: requests.Response) -> str:

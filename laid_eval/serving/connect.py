@@ -50,7 +50,9 @@ def find_endpoint(base_url: str, model: str, tokenizer: str | None) -> Endpoint:
     return Endpoint(base_url, model, tokenizer or root or model, record.get("max_model_len"))
 
 
-def connect(client: Client, pictures: bool, api: Api = "auto", answers: Answers = "logprobs") -> Any:
+def connect(
+    client: Client, pictures: bool, api: Api = "auto", answers: Answers = "logprobs", known: ModelInfo | None = None
+) -> ServedReader | ServedPictureReader:
     """A reader of the served model.
 
     Args:
@@ -58,19 +60,22 @@ def connect(client: Client, pictures: bool, api: Api = "auto", answers: Answers 
         pictures: Whether it is to be shown pictures.
         api: `tokens`, `completions` or `chat`; `auto`: the fastest that the server has.
         answers: `logprobs` of the choices, or `generate`d replies.
+        known: What is served, where the server is ours.
 
     Raises:
         UserError: The server can't do what is asked; its tokenizer can't be had.
     """
     described = _described(str(client.endpoint.tokenizer))
     if pictures:
-        return _picture_reader(client, described, api, answers)
+        return _picture_reader(client, described, api, answers, known)
     frame = _text_frame(client.endpoint, described)
     way, fan_out = _way(client, frame, api, answers)
-    return ServedReader(client, _info(client, described, way, fan_out), frame, way)
+    return ServedReader(client, _info(client, way, fan_out, known), frame, way)
 
 
-def _picture_reader(client: Client, described: Described | None, api: Api, answers: Answers) -> ServedPictureReader:
+def _picture_reader(
+    client: Client, described: Described | None, api: Api, answers: Answers, known: ModelInfo | None
+) -> ServedPictureReader:
     name = client.endpoint.model
     if described is None or not takes_pictures(described):
         raise UserError(
@@ -81,7 +86,7 @@ def _picture_reader(client: Client, described: Described | None, api: Api, answe
         raise UserError(f"--api {api} sends no pictures; they go into messages: --api chat.")
     way: Way = "chat-reply" if answers == "generate" else "chat"
     frame = picture_frame(name, load_processor(described))
-    return ServedPictureReader(client, _info(client, described, way, SHARED), frame, empty_model(described), way)
+    return ServedPictureReader(client, _info(client, way, SHARED, known), frame, empty_model(described), way)
 
 
 def _described(where: str) -> Described | None:
@@ -102,7 +107,7 @@ def _text_frame(endpoint: Endpoint, described: Described | None) -> Frame:
         return frame_of(load_tokenizer(described))
     try:
         with quiet():
-            return frame_of(AutoTokenizer.from_pretrained(str(endpoint.tokenizer)))
+            return frame_of(AutoTokenizer.from_pretrained(str(endpoint.tokenizer), trust_remote_code=False))
     except Exception as error:  # whatever a broken or missing tokenizer makes the library raise
         raise UserError(
             f"No tokenizer for {endpoint.model!r} at '{endpoint.tokenizer}' ({type(error).__name__}). Lengths are "
@@ -146,21 +151,11 @@ def _refusal(client: Client, request: Request[Any]) -> str | None:
     return answer.reason if isinstance(answer, Failure) else None
 
 
-def _info(client: Client, described: Described | None, way: Way, fan_out: str) -> ModelInfo:
+def _info(client: Client, way: Way, fan_out: str, known: ModelInfo | None) -> ModelInfo:
+    """Of a server that is not ours little is known: it need not hold the checkpoint beside its tokenizer."""
     endpoint = client.endpoint
-    known = described.info if described else ModelInfo(name=endpoint.model, source="")
-    return known.model_copy(
-        update={
-            "name": endpoint.model,
-            "source": known.source or "server",
-            "fingerprint": known.fingerprint or None,
-            "claimed_length": endpoint.max_length or known.claimed_length,
-            "dtype": None,
-            "device": None,
-            "fan_out": fan_out,
-            "server": f"{_version(client)}, {way}",
-        }
-    )
+    info = known or ModelInfo(name=endpoint.model, source="server", claimed_length=endpoint.max_length)
+    return info.model_copy(update={"fan_out": fan_out, "server": f"{_version(client)}, {way}"})
 
 
 def _version(client: Client) -> str:

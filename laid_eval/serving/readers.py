@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from PIL.Image import Image, new
 
+from laid_eval.errors import UserError
 from laid_eval.models.fork_pictures import WholePictures
 from laid_eval.models.frame import Branch, Frame
 from laid_eval.models.picture_frame import PictureFrame
@@ -27,9 +28,11 @@ from laid_eval.serving.choices import (
     ask_tokens,
     named_choice,
     places,
+    reply_limit,
     summed,
 )
 from laid_eval.serving.client import Client, Request
+from laid_eval.serving.endpoint import Endpoint
 from laid_eval.window.model_reader import branches_of
 from laid_eval.window.questions import Question
 from laid_eval.window.readers import Answer, Asked, Extent, Failure, Said
@@ -103,14 +106,9 @@ class ServedReader:
         asking = f"\n\nQuestion: {question.prompt}"
         content = f"{told}{asking}"
         if self._way == "chat-reply":
-            return [ask_chat_reply(endpoint, content, branch, len(prompt))]
-        begun = self._decode(branch.stem).removeprefix(f"{asking}{frame.after}")
-        return [
-            ask_chat(
-                endpoint, content, begun + self._decode(place.given), len(prompt) + len(place.given), place
-            )
-            for place in places(branch)
-        ]  # fmt: skip
+            return [ask_chat_reply(endpoint, content, len(prompt), reply_limit(branch))]
+        before = f"{asking}{frame.after}"
+        return _asked_in_chat(endpoint, content, frame, branch, before, len(prompt))
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return _decoded(self._frame, tokens)
@@ -175,6 +173,19 @@ class ServedPictureReader:
         posed = [_posed(asked.question, self._way) for asked in questions]
         return _answers(self._client, self._way, posed, [self._requests(question) for question in posed], self._branch)
 
+    def say(self, asked: Asked, limit: int) -> str:
+        """The model's own words.
+
+        Raises:
+            UserError: The server gave none.
+        """
+        content = [*self._shown, {"type": "text", "text": asked.question.prompt}]
+        tokens = self._tokens + len(self._frame.stem(asked.question.prompt))
+        reply = self._client.run(ask_chat_reply(self._client.endpoint, content, tokens, limit))
+        if isinstance(reply, Failure):
+            raise UserError(f"The server at {self._client.endpoint.base_url} gave no answer: {reply.reason}.")
+        return reply
+
     def peak_memory_bytes(self) -> int | None:
         """The server's own business."""
         return None
@@ -183,13 +194,25 @@ class ServedPictureReader:
         branch, endpoint, words = self._branch(question), self._client.endpoint, self._frame.words
         content = [*self._shown, {"type": "text", "text": question.prompt}]
         if self._way == "chat-reply":
-            return [ask_chat_reply(endpoint, content, branch, self._tokens + len(branch.stem))]
-        begun = _decoded(words, branch.stem).removeprefix(self._frame.asking(question.prompt))
-        before = self._tokens + len(branch.stem)
-        return [
-            ask_chat(endpoint, content, begun + _decoded(words, place.given), before + len(place.given), place)
-            for place in places(branch)
-        ]
+            return [ask_chat_reply(endpoint, content, self._tokens + len(branch.stem), reply_limit(branch))]
+        before = self._frame.asking(question.prompt)
+        return _asked_in_chat(endpoint, content, words, branch, before, self._tokens + len(branch.stem))
+
+
+def _asked_in_chat(
+    endpoint: Endpoint, content: Any, frame: Frame, branch: Branch, before: str, tokens: int
+) -> list[Request[Any]]:
+    """A request a place; the assistant has said what the stem and the given tokens say after `before`."""
+    return [
+        ask_chat(
+            endpoint,
+            content,
+            _decoded(frame, [*branch.stem, *place.given]).removeprefix(before),  # at once: tokens carry their spaces
+            tokens + len(place.given),
+            place,
+        )
+        for place in places(branch)
+    ]
 
 
 def _answers(

@@ -26,6 +26,11 @@ LAUNCH = Path(__file__).with_name("launch.py")
 TAIL = 15
 """Lines of the log that are shown when a server dies."""
 _PATIENCE = 20.0  # seconds for a clean end
+_OURS = {
+    "--served-model-name": "use --name.",
+    "--max-model-len": "use --max-length.",
+    "--api-key": "a server of ours listens at the loopback and takes no key; put a proxy with keys before it.",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ def plan_server(
     Raises:
         UserError: No vLLM, no such port, no length, or pictures for a model that takes none.
     """
+    taken = next((flag for flag in flags if flag.partition("=")[0] in _OURS), None)
+    if taken:
+        raise UserError(f"{taken} is set by laid-eval itself: {_OURS[taken.partition('=')[0]]}")
     python = server_python(env)
     served_as = name or described.source.name
     claimed = described.claimed_length
@@ -115,7 +123,7 @@ def _start(plan: Plan, log: IO[bytes]) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **plan.variables},
+        env={**{k: v for k, v in os.environ.items() if k != "VLLM_API_KEY"}, **plan.variables},
         start_new_session=True,
     )
 
@@ -128,6 +136,8 @@ class Server:
         self.plan = plan
         self.endpoint = plan.endpoint
         self.process = process
+        self._session = requests.Session()
+        self._session.trust_env = False  # it is on this machine: no proxy stands between
 
     def wait_until_ready(self, waiting: Callable[[str], None], patience: float) -> None:
         """Until it answers, and then a first token."""
@@ -142,7 +152,7 @@ class Server:
             time.sleep(0.5)
         body: dict[str, Any] = {"model": self.endpoint.model, "prompt": "a", "max_tokens": 1, "temperature": 0}
         try:
-            answer = requests.post(f"{self.endpoint.base_url}/completions", json=body, timeout=patience)
+            answer = self._session.post(f"{self.endpoint.base_url}/completions", json=body, timeout=patience)
         except requests.RequestException as error:
             raise UserError(f"The server came up but did not answer ({type(error).__name__}). {self._tail()}") from None
         if answer.status_code != 200:
@@ -186,7 +196,7 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            return requests.get(f"{self.endpoint.root}/health", timeout=5).status_code == 200
+            return self._session.get(f"{self.endpoint.root}/health", timeout=5).status_code == 200
         except requests.RequestException:
             return False
 

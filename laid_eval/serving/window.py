@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laid_eval.errors import UserError
+from laid_eval.records import ModelInfo
 from laid_eval.runs import LoadedRun
 from laid_eval.serving.client import CONCURRENCY, RETRIES, TIMEOUT, Client
 from laid_eval.serving.connect import Answers, Api, connect
@@ -35,6 +36,7 @@ def measure_served(
     timeout: float = TIMEOUT,
     retries: int = RETRIES,
     max_length: int | None = None,
+    known: ModelInfo | None = None,
     announce: Callable[[str], None] = lambda _: None,
     progress: Callable[[Progress], None] = lambda _: None,
     **options: Any,
@@ -50,6 +52,7 @@ def measure_served(
         timeout: Seconds for one answer; a request that takes longer fails its trial.
         retries: Of a request that met a busy or broken server.
         max_length: Longest context. Default: what the server takes; 150 images at most.
+        known: What is served, where the server is ours.
         announce: Told how the server is asked, before; what its prefix cache gave, after.
         progress: Called while measuring.
         **options: Others of `measure_window`.
@@ -65,7 +68,7 @@ def measure_served(
     pictures = next((p for p in probes if isinstance(p, ScenesProbe)), None)
     client = Client(endpoint, concurrency, timeout, retries)
     try:
-        reader = connect(client, pictures is not None, api, answers)
+        reader = connect(client, pictures is not None, api, answers, known)
         longest = _longest(endpoint, max_length, reader, pictures)
         announce(f"asking {endpoint.model} at {endpoint.base_url}: {reader.info.server}, {reader.info.fan_out}")
         before = _prefix_cache(client)

@@ -259,7 +259,9 @@ def resumable(folder: Path, settings: Settings, model: ModelInfo) -> Run | None:
     pairs = [
         (f"settings.{name}", value, getattr(settings, name)) for name, value in earlier.settings if name not in stops
     ]
-    identity = ("fingerprint", "dtype", "rope_scaling", "server")
+    identity = ["fingerprint", "dtype", "rope_scaling", "server"]
+    if model.server:
+        identity.append("name")  # what a server holds has no fingerprint
     pairs += [(f"model.{name}", getattr(earlier.model, name), getattr(model, name)) for name in identity]
     for name, old, new in pairs:
         if old != new:

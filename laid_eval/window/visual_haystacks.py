@@ -116,8 +116,9 @@ class DatasetProbe(Declared):
 
     @property
     def hash(self) -> str:
-        """Of all cases, so of what was left out too."""
-        return hashlib.sha256(repr(self.cases).encode()).hexdigest()[:16]
+        """Of all cases, so of what was left out too, and of their pictures' sizes: another folder shows."""
+        sizes = [self.folder.size(name) for case in self.cases for name in (*case.positive, *case.negative)]
+        return hashlib.sha256(repr((self.cases, sizes)).encode()).hexdigest()[:16]
 
     def up_to(self, images: int) -> DatasetProbe:
         """Without the cases of more images.
@@ -196,6 +197,8 @@ def visual_haystacks(
         raise UserError(f"Unknown --protocol {protocol!r}. Allowed: {', '.join(get_args(Protocol))}.")
     if questions is not None and questions < 1:
         raise UserError(f"--questions must be at least 1, got {questions}.")
+    if not files:
+        raise UserError("No file of the data set is given; give visual_haystack_*.json, any of them.")
     folder = PictureFolder(Path(images))
     read = [_entries(Path(file))[:questions] for file in files]
     if positions:
@@ -228,6 +231,10 @@ def _entries(path: Path) -> list[_Entry]:
         raise UserError(f"{what} can't be read: {error.strerror}. Check the path.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not valid JSON: {error}.") from None
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} holds half a character (a lone surrogate), which no text can.") from None
     if not isinstance(content, list) or not content:
         raise UserError(f"{what} holds no list of cases. Expected is a visual_haystack_*.json of Visual Haystacks.")
     return [_entry(f"{what}, case {k}", one) for k, one in enumerate(content, start=1)]

@@ -3,10 +3,9 @@
 1. One vision tower for both learns to name the objects of single pictures; each model's own merger learns to say it in
    the model's words.
 2. The teacher's language model learns to answer about haystacks of 1 to 160 pictures, short ones first.
-3. The student's, half as wide and a layer less deep, learns from 1 to 20 pictures.
+3. The student's, half as wide and a layer less deep, learns from 1 to 4 pictures.
 
-Both learn at positions stretched over the range that 160 pictures take, so that none is new later: windows end by
-dilution.
+Both learn at positions stretched over the range that 160 pictures take, so that none is new later.
 
 In both, the first layer has losses of its own: a picture's tokens name all that the picture shows, and the answer's
 place names what was asked about. Without them, finding the picture by its content did not begin within the hour.
@@ -44,7 +43,7 @@ PER_IMAGE = SIDE_TOKENS**2
 ADVANCE = SIDE_TOKENS + 2  # RoPE positions that a picture takes: its longer side and two markers
 REACH = 160 * ADVANCE
 FIRST = 3  # pictures; bare which-questions until they are answered
-STAGES = {"teacher": (TEACHER, 160, True, 56.0), "student": (STUDENT, 20, True, 20.0)}
+STAGES = {"teacher": (TEACHER, 160, True, 56.0), "student": (STUDENT, 4, True, 9.0)}
 """Size, most pictures in training, whether positions are stretched, minutes of one core."""
 
 

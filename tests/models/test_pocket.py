@@ -1,6 +1,7 @@
 """The pocket model: a true Qwen2.5-VL checkpoint in the package, as good as its card says, and nothing without pictures."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from laid_eval.models.load import describe, load_vision
 from laid_eval.models.picture_frame import picture_frame
 from laid_eval.models.reference import BUNDLED
 from laid_eval.models.source import quiet, resolve
+from laid_eval.runs import load_run
 from laid_eval.window.picture_reading import asked_at, draw_haystack
 from laid_eval.window.probes import load_probe
 from laid_eval.window.scenes import draw
 
+ROOT = Path(__file__).parents[2]
 NAMES = [bundled.name for bundled in BUNDLED]
 WHICH = load_probe("visual-which")
 
@@ -58,6 +61,19 @@ def test_it_is_good_at_few_pictures(loaded, name):
 def test_it_loses_its_window(loaded):
     short, long = (answers(loaded["pocket-student"], *size) for size in ((2, 12), (120, 2)))
     assert long < short - 0.2
+
+
+def test_the_teacher_holds_three_times_as_long():
+    """Measured on these very weights, intervals apart."""
+    windows = {}
+    for name, folder in (("pocket-student", "pocket-window"), ("pocket-teacher", "pocket-teacher-window")):
+        run = load_run(ROOT / "reports" / folder)
+        assert run.header.model.fingerprint == resolve(name).fingerprint
+        windows[name] = run.window(WHICH.name)
+    student, teacher = windows["pocket-student"], windows["pocket-teacher"]
+    assert {student.censored, teacher.censored} == {"no"}
+    assert teacher.length >= 3 * student.length
+    assert teacher.low > student.high
 
 
 def test_without_the_pictures_it_is_at_chance(loaded):

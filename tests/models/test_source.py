@@ -81,7 +81,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(tmp_path, mo
     [
         (
             "smolm2",
-            r"Unknown model 'smolm2' \(did you mean 'smollm2'\?\)\. It is no reference model \(smollm2, pocket-student\), no folder",
+            r"Unknown model 'smolm2' \(did you mean 'smollm2'\?\)\. It is no reference model \(smollm2, pocket-student, pocket-teacher\), no folder",
         ),
         ("no/such-model", r"Model 'no/such-model' can't be had: it is not in the Hub cache"),
         ("missing.gguf", r"GGUF file 'missing.gguf' does not exist"),

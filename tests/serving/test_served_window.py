@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def in_process(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("api", ["tokens", "completions", "chat"])
 def test_trials_equal_those_in_process(endpoint, in_process, tmp_path, api):
-    budget = 60_000 if api == "completions" else SMALL["budget"]  # every question a whole prompt, for every choice
+    budget = 25_000 if api == "completions" else SMALL["budget"]  # every question a whole prompt, for every choice
     run = measure_served(endpoint, api=api, out=tmp_path / "run", **{**SMALL, "budget": budget})
     trials = load_trials(tmp_path / "run")
     assert run.header.status == "complete"
@@ -115,7 +116,7 @@ def test_a_run_goes_on_when_its_server_is_back(make_server, folder, tmp_path):
     measure_served(find_endpoint(second.url, "tiny", str(folder)), out=tmp_path / "whole", api="tokens", **SMALL)
     first.fail = die
     dying = find_endpoint(first.url, "tiny", str(folder))
-    with pytest.raises(UserError, match=r"can't be reached.*same --out"):
+    with pytest.raises(UserError, match=r"can't be reached.*same command goes on"):
         measure_served(dying, out=tmp_path / "cut", api="tokens", retries=0, **SMALL)
     before = len(load_trials(tmp_path / "cut"))
     whole = {trial.id: trial for trial in load_trials(tmp_path / "whole")}
@@ -180,9 +181,28 @@ def test_the_command_measures_a_running_server(command_line, server, folder, tmp
     assert done.returncode == 0
     run = json.loads(done.stdout)
     assert run["model"]["server"] == "OpenAI-compatible server, tokens"
-    assert run["model"]["source"] == "local folder"
+    assert run["model"]["source"] == "server"
 
 
 def test_a_server_names_what_it_serves(endpoint):
     with pytest.raises(UserError, match=r"serves no model 'other'.*It serves: tiny"):
         find_served(Client(endpoint), "other")
+
+
+def test_a_reply_without_text_is_no_wrong_answer(endpoint, server, tmp_path, monkeypatch):
+    chat = server.chat
+    monkeypatch.setattr(server, "chat", lambda body: _silent(*chat(body)))
+    measure_served(endpoint, api="chat", answers="generate", out=tmp_path / "run", **SMALL)
+    trials = load_trials(tmp_path / "run")
+    assert trials
+    assert all(trial.score is None and "no text in the reply" in trial.error for trial in trials)
+
+
+def _silent(ids, choice, more):
+    return ids, {**choice, "message": {"role": "assistant", "content": None}}, more
+
+
+def test_two_models_of_servers_are_not_mixed(endpoint, server, folder, tmp_path):
+    measure_served(endpoint, out=tmp_path / "run", **SMALL)
+    with pytest.raises(UserError, match="another --out"):
+        measure_served(replace(endpoint, model="other"), out=tmp_path / "run", **SMALL)
