@@ -98,7 +98,7 @@ def card(folder: Path, log: list[dict], haystacks: int) -> str:
     return CARD.format(
         name=name, parameters=sum(p.numel() for p in loaded.model.parameters()) / 1e6,
         size=(folder / "model.safetensors").stat().st_size / 1e6, range="1-160" if teacher else "1-4",
-        cost=f"{last['minutes']:.0f} minutes of one core and {last['step']:,} steps, after 14 minutes for both's vision",
+        cost=f"{last['minutes']:.0f} minutes of one core and {last['step']:,} steps, after 14 for both's vision",
         haystacks=f"{haystacks} or more", table="\n".join(rows), why=why,
     )  # fmt: skip
 
