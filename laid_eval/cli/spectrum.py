@@ -63,7 +63,7 @@ def spectrum(
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option(help="Pictures of each haystack (vision-language models). Default: 20; text with --length."),
+        typer.Option(help="Pictures of each haystack (vision-language models). Default: 40; text with --length."),
     ] = None,
     texts: Annotated[
         int, typer.Option(help="Number of texts, or of haystacks of pictures; intervals are over them.")

@@ -24,7 +24,7 @@ from laid_eval.window.probes import ScenesProbe, load_probe
 from laid_eval.window.readers import Asked
 from laid_eval.window.scenes import draw
 
-IMAGES = 20
+IMAGES = 40
 """Default number of pictures of a haystack."""
 PROBE = "visual-which"
 
